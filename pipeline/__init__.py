@@ -1,0 +1,1 @@
+"""One image vector per marketplace listing: Postgres to pgvector, through Parquet."""

@@ -1,0 +1,80 @@
+"""How every stage runs as a command: log lines, clean stops, one line for an error."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger("pipeline")
+
+
+def run(main: Callable[[], None], stage: str) -> None:
+    """Run a stage's main(); a PipelineError ends it with one line and exit code 1."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {stage}: %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        main()
+    except PipelineError as error:
+        sys.exit(f"error in {stage}: {error}")
+    except KeyboardInterrupt:
+        _exit_now(130, f"{stage}: interrupted")
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like an exit, so that temporary files are removed."""
+    raise SystemExit(128 + signum)
+
+
+def _exit_now(code: int, message: str) -> None:
+    """Leave without waiting for worker threads; everything kept is on disk already."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is the module's docstring and shows the defaults."""
+    return argparse.ArgumentParser(
+        description=doc,
+        formatter_class=type(
+            "Help",
+            (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter),
+            {},
+        ),
+        allow_abbrev=False,
+    )
+
+
+class Progress:
+    """Log lines 'done/total unit, rate, time left': one every few seconds, in any log."""
+
+    def __init__(self, total: int, unit: str, every_s: float = 5.0) -> None:
+        self.total, self.unit, self.every_s = total, unit, every_s
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Log the state of the work if the last line is old enough."""
+        now = time.monotonic()
+        if now - self.last < self.every_s or done == 0:
+            return
+        self.last = now
+        rate = done / (now - self.start)
+        left = (self.total - done) / rate
+        log.info(
+            "%d/%d %s, %.1f %s/s, %s left",
+            done, self.total, self.unit, rate, self.unit, _clock(left),
+        )  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
