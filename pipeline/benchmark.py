@@ -1,0 +1,160 @@
+"""Time reading, decoding and encoding of a sample: each apart, then all together.
+
+Reads: the first images of one select shard, and their files. Writes: benchmark.json and a short
+table. Guarantees: never touches the vector cache or the database.
+
+What to expect: together takes as long as the slowest stage where the stages have hardware of their
+own (CUDA), and as long as decoding plus encoding where they share the cores (CPU).
+"""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline import command, parquet, settings
+from pipeline.cache import NoCache
+from pipeline.command import log
+from pipeline.encode import SETTINGS, Decoder, EncodeJob, Line, Photo, add_encoder_flags
+from pipeline.errors import DataError
+from pipeline.photo_files import PhotoError
+from pipeline.settings import Environment, Settings
+
+CHUNK = 256  # images held in memory while the stages are timed apart
+
+
+def main() -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("--selected", type=Path, required=True, help="select shard to read")
+    parser.add_argument("--report", type=Path, required=True, help="benchmark.json to write")
+    add_encoder_flags(parser)
+    settings.add_flags(parser, "benchmark_images")
+    args = parser.parse_args()
+    chosen = settings.from_flags(args)
+    job = EncodeJob.prepare(chosen, Environment.read(), args.threads, args.weights)
+    report = benchmark(args.selected, chosen, job)
+    parquet.write_json(args.report, report)
+    for line in table(report):
+        log.info("%s", line)
+
+
+def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any]:
+    """The report over the first `benchmark_images` of a select shard."""
+    paths = list(islice(_paths(selected), chosen.benchmark_images))
+    if not paths:
+        raise DataError(
+            "selected images to time", "an empty shard", str(selected),
+            "nothing is pending: --config force=true selects every eligible listing",
+        )  # fmt: skip
+    with Line(job, NoCache(job.model.embed_dim)) as line:
+        apart = time_apart(paths, job, line)
+        start = time.perf_counter()
+        done = list(line.done(Photo(path) for path in paths))
+        together = time.perf_counter() - start
+    failed = sum(photo.error is not None for photo in done)
+    if failed == len(done):
+        raise DataError("a readable image", str(done[0].error), str(selected), "IMAGE_ROOT_DIR?")
+    shared = job.device == "cpu"
+    bound = sum(apart.values()) if shared else max(apart.values())
+    return {
+        "images": len(done),
+        "failed": failed,
+        "images_per_second": round(len(done) / together, 2),
+        "wall_s": round(together, 3),
+        **{f"{stage}_s": round(seconds, 3) for stage, seconds in apart.items()},
+        "binding_stage": max(apart, key=lambda stage: apart[stage]),
+        "bound_images_per_second": round(len(done) / bound, 2),
+        "hardware": hardware(job),
+        "settings": chosen.model_dump(include={*SETTINGS, "benchmark_images"})
+        | {"device": job.device, "precision": job.precision, "model_rev": job.model.model_rev,
+           "model_name": job.model.name if ":" not in job.model.name else "local-dir"},
+    }  # fmt: skip
+
+
+def time_apart(paths: list[str | None], job: EncodeJob, line: Line) -> dict[str, float]:
+    """Seconds of wall time of each stage alone, on all the threads that it would have."""
+    seconds = dict.fromkeys(("read", "decode", "encode"), 0.0)
+    line.encode_pixels([])  # loads the encoder outside of the clock
+    with ThreadPoolExecutor(job.workers) as pool:
+
+        def timed(stage: str, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+            start = time.perf_counter()
+            results = [result for result in pool.map(work, items) if result is not None]
+            seconds[stage] += time.perf_counter() - start
+            return results
+
+        for chunk in _chunks(paths):
+            files = timed("read", _or_none(lambda path: job.photos.read(path)[0]), chunk)
+            pixels = timed("decode", _or_none(line.decoder), files)
+            start = time.perf_counter()
+            line.encode_pixels(pixels)
+            seconds["encode"] += time.perf_counter() - start
+    return seconds
+
+
+def _or_none(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def quiet(item: Any) -> Any:
+        try:
+            return work(item)
+        except PhotoError:
+            return None
+
+    return quiet
+
+
+def _paths(selected: Path) -> Iterator[str | None]:
+    with pq.ParquetFile(selected) as file:
+        for batch in file.iter_batches(columns=["storage_path"]):
+            yield from batch.column(0).to_pylist()
+
+
+def _chunks(paths: list[str | None]) -> Iterator[list[str | None]]:
+    for start in range(0, len(paths), CHUNK):
+        yield paths[start : start + CHUNK]
+
+
+def hardware(job: EncodeJob) -> dict[str, Any]:
+    """The machine, as far as the figures depend on it."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(job.device) if job.device != "cpu" else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": job.threads,
+        "gpu": gpu,
+        "torch": version("torch"),
+        "open_clip": version("open_clip_torch"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report as lines of a table."""
+    images = report["images"]
+    for stage in ("read", "decode", "encode"):
+        seconds = report[f"{stage}_s"]
+        binds = "  <- binds" if stage == report["binding_stage"] else ""
+        rate = images / seconds if seconds else float("inf")
+        yield f"{stage:<9} {seconds:9.2f} s {rate:10.1f} images/s{binds}"
+    yield f"{'together':<9} {report['wall_s']:9.2f} s {report['images_per_second']:10.1f} images/s"
+
+
+if __name__ == "__main__":
+    command.run(main, "benchmark")

@@ -1,0 +1,146 @@
+"""What the demo shows at its end: what happened, who is like whom, and where to look further."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import adbc_driver_postgresql.dbapi as adbc
+
+from pipeline.demo import postgres
+
+PROBES = 5
+NEIGHBOURS = 3
+
+# The vectors of the encoder that loaded last, of listings as they are now.
+_CURRENT = """
+current_vectors as (
+    select l.listing_id, l.title, v.vec, v.n_images
+    from "iPhone".iphone_listings l
+    join ml.img_vec512_v1 v using (listing_id, edited_date)
+    where (source, model_rev, pca_rev) = (
+        select source, model_rev, pca_rev from ml.img_vec512_v1
+        order by updated_at desc, source, model_rev, pca_rev limit 1)
+)"""
+
+_HAPPENED = f"""
+with {_CURRENT},
+listings as (
+    select l.*, exists (
+        select from "iPhone".iphone_image_assets a
+        where (a.generation, a.listing_id) = (l.generation, l.listing_id)) as has_images
+    from "iPhone".iphone_listings l
+)
+select 'listings', count(*) from listings
+union all select '  spam', count(*) from listings where spam is not null
+union all select '  without a url', count(*) from listings where url is null
+union all select '  without a date', count(*) from listings where edited_date is null
+union all select '  without an image', count(*) from listings where not has_images
+union all select 'listings with a vector', count(*) from current_vectors
+union all select '  images in their means', coalesce(sum(n_images), 0) from current_vectors
+"""
+
+_NEAREST = f"""
+with {_CURRENT},
+probes as (
+    select * from current_vectors
+    order by md5(listing_id::text) limit {PROBES}
+)
+select p.listing_id, p.title, n.title, 1 - n.distance
+from probes p cross join lateral (
+    select c.listing_id, c.title, c.vec <=> p.vec as distance from current_vectors c
+    where c.listing_id <> p.listing_id
+    order by distance, c.listing_id limit {NEIGHBOURS}
+) n
+order by md5(p.listing_id::text), n.distance, n.listing_id
+"""
+
+# In the made-up marketplace listings with one title offer one phone, with photos of their own.
+_SAME_PHONE = f"""
+with {_CURRENT},
+offered_again as (
+    select * from current_vectors
+    where title in (select title from current_vectors group by title having count(*) > 1)
+)
+select count(*), count(*) filter (where title = (
+    select c.title from current_vectors c where c.listing_id <> o.listing_id
+    order by c.vec <=> o.vec, c.listing_id limit 1))
+from offered_again o
+"""
+
+
+def print_report(dsn: str, folder: Path, image_root: str, snakemake: str, *, made_up: bool) -> None:
+    """Print the whole report about the database at `dsn`."""
+    with adbc.connect(dsn) as connection, connection.cursor() as cursor:
+        _print_happened(_rows(cursor, _HAPPENED))
+        _print_nearest(_rows(cursor, _NEAREST))
+        if made_up:
+            ((offered, found),) = _rows(cursor, _SAME_PHONE)
+            print(
+                f"\n{offered} of the listings offer a phone that others offer too, with other "
+                f"photos.\nFor {found} of them the nearest neighbour is such an offer."
+            )
+    _print_further(dsn, folder, image_root, snakemake)
+
+
+def _rows(cursor: Any, query: str) -> list[tuple[Any, ...]]:
+    cursor.execute(query)
+    return list(cursor.fetchall())
+
+
+def _print_happened(rows: Sequence[tuple[Any, ...]]) -> None:
+    print("\nWhat happened\n")
+    for label, count in rows:
+        if count or not label.startswith(" "):
+            print(f"  {label:<26}{int(count):>7}")
+
+
+def _print_nearest(rows: Sequence[tuple[Any, ...]]) -> None:
+    print("\nNearest neighbours, and the cosine of the angle to them\n")
+    width = max((len(row[1]) for row in rows), default=0)
+    probe = None
+    for listing_id, title, neighbour, cosine in rows:
+        print(f"  {title if listing_id != probe else '':<{width}}  {cosine:6.3f}  {neighbour}")
+        probe = listing_id
+
+
+def _print_further(dsn: str, folder: Path, image_root: str, snakemake: str) -> None:
+    python = shlex.quote(_typed(sys.executable))
+    psql = shlex.quote(_typed(str(postgres.binary("psql"))))
+    errors = "select storage_path, error from 'results/encode/*.parquet' where error is not null"
+    nearest = (
+        "select listing_id, vec <=> (select vec from ml.img_vec512_v1 limit 1) as distance "
+        "from ml.img_vec512_v1 order by distance limit 5"
+    )
+    touch = (
+        'update "iPhone".iphone_listings set edited_date = now() where listing_id = '
+        "(select min(listing_id) from ml.img_vec512_v1)"
+    )
+    stop = "" if _typed(str(folder)) == "demo" else f" --folder {shlex.quote(_typed(str(folder)))}"
+    print(f"""
+Look further
+
+  The files between the stages, with DuckDB; here the images that could not be read:
+    {python} -c {shlex.quote(f'import duckdb; duckdb.sql("{errors}").show(max_width=120)')}
+  The database, with psql:
+    export PG_DSN={shlex.quote(dsn)}
+    {psql} "$PG_DSN" -c {shlex.quote(nearest)}
+  Edit a listing and run again: only that one is pending, and its images come from the cache:
+    {psql} "$PG_DSN" -c {shlex.quote(touch)}
+    export IMAGE_ROOT_DIR={shlex.quote(image_root)}
+    {_typed_words(snakemake)}
+  CLIP itself, whose weights come from the Hugging Face hub (0.6 GB): the same without --config.
+  The Postgres keeps running. To stop it:
+    {python} -m pipeline.demo stop{stop}""")
+
+
+def _typed_words(snakemake: str) -> str:
+    return f"{shlex.quote(_typed(sys.executable))} -m {snakemake}"
+
+
+def _typed(path: str) -> str:
+    """A path below the working folder without it."""
+    return (
+        str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+    )

@@ -1,0 +1,451 @@
+"""Encode the selected images of one shard into unit vectors.
+
+Reads: a select shard, the image files under IMAGE_ROOT_DIR, the vector cache. Writes: the encode
+shard (one row per selected image, in its order: a unit vector, or null and the error) and its
+statistics. Guarantees: rows in = rows out; an image's vector does not depend on the others; what
+is in the cache is neither decoded nor encoded; memory does not grow with the shard.
+
+Threads read, hash and decode; the main thread encodes full batches and writes rows in order.
+"""
+
+import argparse
+import functools
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import command, parquet, preflight, settings
+from pipeline.cache import VectorCache
+from pipeline.command import log
+from pipeline.errors import DataError, ModelError
+from pipeline.model import (
+    Fingerprint,
+    Model,
+    fingerprint,
+    resolve_device,
+    resolve_precision,
+)
+from pipeline.photo_files import FileStat, PhotoError, PhotoFolder
+from pipeline.settings import Environment, Settings
+
+if TYPE_CHECKING:  # a shard with nothing to encode loads no torch
+    import torch
+
+    from pipeline.encoder import Encoder
+
+CHUNK_ROWS = 4096  # looked up in the cache together
+LONGEST_WAIT = 2 * CHUNK_ROWS  # rows held back by one that is not done, before it is hurried
+REFRESH_S = 5.0  # how often vectors of other running shards are picked up
+STAT_THREADS = 8  # on network filesystems a stat is a round trip
+NO_VECTOR = "vector: the encoder gave a zero or non-finite vector"
+
+SETTINGS = (
+    "model_name", "pretrained", "precision", "decode", "apply_exif_orientation", "follow_symlinks",
+    "max_image_bytes", "max_image_pixels", "batch_size", "num_workers", "device",
+)  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    chosen = settings.from_flags(args)
+    job = EncodeJob.prepare(chosen, Environment.read(), args.threads, args.weights)
+    stats = encode(args.selected, args.encoded, chosen, job)
+    parquet.write_json(args.stats, stats.as_dict())
+    log.info("%s -> %s", stats, args.encoded)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--selected", type=Path, required=True, help="select shard to read")
+    parser.add_argument("--encoded", type=Path, required=True, help="encode shard to write")
+    parser.add_argument("--stats", type=Path, required=True, help="statistics to write (JSON)")
+    add_encoder_flags(parser)
+    settings.add_flags(parser, "cache_dir")
+    return parser.parse_args()
+
+
+def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that encode and benchmark share."""
+    settings.add_flags(parser, *SETTINGS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU cores to use")
+    parser.add_argument("--weights", default="", help="refuse other weights than these")
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Everything that is known before the first image is read."""
+
+    model: Model
+    fingerprint: Fingerprint
+    photos: PhotoFolder
+    device: str
+    precision: str
+    threads: int
+    chosen: Settings
+
+    @classmethod
+    def prepare(
+        cls, chosen: Settings, environment: Environment, threads: int, weights: str = ""
+    ) -> "EncodeJob":
+        """Check the image root, the model and the device; loads neither torch nor weights."""
+        preflight.check_image_root(environment.image_root)
+        model = preflight.model_of(chosen)
+        if weights and model.weights != weights:
+            raise ModelError(
+                f"weights {weights[:12]}", model.weights[:12], chosen.model_name,
+                "they changed since the workflow was planned; run it again",
+            )  # fmt: skip
+        device = resolve_device(chosen.device)
+        precision = resolve_precision(chosen.precision, device)
+        return cls(
+            model=model,
+            fingerprint=fingerprint(
+                model,
+                precision=precision,
+                decode=chosen.decode,
+                apply_exif_orientation=chosen.apply_exif_orientation,
+            ),
+            photos=PhotoFolder(
+                environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes
+            ),
+            device=device,
+            precision=precision,
+            threads=threads,
+            chosen=chosen,
+        )
+
+    def encoder(self) -> "Encoder":
+        """The encoder with its weights in memory; imports torch."""
+        from pipeline.encoder import load_encoder
+
+        return load_encoder(
+            self.model, self.device, self.precision, self.threads, self.chosen.batch_size
+        )
+
+    @property
+    def workers(self) -> int:
+        """Decoding threads: more than cores would only wait for each other."""
+        return max(1, min(self.chosen.num_workers, self.threads))
+
+
+class Decoder:
+    """The bytes of a photo to uint8 pixels of shape (3, height, width), on any thread."""
+
+    def __init__(self, preprocess: dict[str, Any], chosen: Settings) -> None:
+        from pipeline.image import Transform, load_pixels
+
+        self._load = load_pixels
+        self._transform = Transform.from_preprocess_cfg(preprocess)
+        self._chosen = chosen
+        self._thread = threading.local()
+
+    def __call__(self, data: bytes) -> "torch.Tensor":
+        """Raises PhotoError."""
+        if not hasattr(self._thread, "alone"):
+            # Only for the calling thread: photos are decoded side by side, not each by many.
+            import torch
+
+            torch.set_num_threads(1)
+            self._thread.alone = True
+        chosen = self._chosen
+        return self._load(
+            data,
+            self._transform,
+            chosen.decode,
+            chosen.apply_exif_orientation,
+            chosen.max_image_pixels,
+        )
+
+
+@dataclass(eq=False)
+class Photo:
+    """One row of the shard on its way through; done when it has a vector or an error."""
+
+    path: str | None
+    stat: FileStat | None = None
+    digest: bytes = b""
+    pixels: "torch.Tensor | None" = None
+    vec: np.ndarray | None = None
+    error: str | None = None
+    how: str = ""  # encoded, or which lookup saved the encode
+    twins: "list[Photo]" = field(default_factory=list)  # same bytes, met while this one is under way
+
+    @property
+    def done(self) -> bool:
+        return self.vec is not None or self.error is not None
+
+
+@dataclass
+class Stats:
+    """What a shard took, and which encodes it was spared."""
+
+    images: int = 0
+    how: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def add(self, photo: Photo) -> None:
+        self.images += 1
+        if photo.error is None:
+            self.how[photo.how] += 1
+        else:
+            self.failed[photo.error.split(":")[0]] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is kept beside the shard."""
+        return {
+            "images": self.images,
+            "encoded": self.how["encoded"],
+            "saved": {k: self.how[k] for k in ("same file", "same bytes", "same bytes in this run")},
+            "failed": dict(sorted(self.failed.items())),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        parts = [f"{self.images} images: {self.how['encoded']} encoded"]
+        parts += [f"{n} {how}" for how, n in sorted(self.how.items()) if how != "encoded"]
+        parts += [f"{n} {reason}" for reason, n in sorted(self.failed.items())]
+        return f"{', '.join(parts)}; {self.seconds:.1f} s"
+
+
+def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> Stats:
+    """Write the encode shard; returns its statistics."""
+    made_by = parquet.metadata(selected)
+    made_by["encoder"] = job.fingerprint.as_dict()
+    force = made_by.get("export", {}).get("force", False)
+    cache = VectorCache.of(Path(chosen.cache_dir), job.fingerprint, job.model.embed_dim, read=not force)
+    start = time.monotonic()
+    rows = parquet.rows([selected])
+    with cache, Line(job, cache) as line:
+        stats = _write(selected, encoded, made_by, line)
+    stats.seconds = time.monotonic() - start
+    expected = parquet.rows([selected])
+    if stats.images != expected:
+        raise DataError(f"{expected} images", f"{stats.images} encoded", str(encoded))
+    return stats
+
+
+def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line") -> Stats:
+    """Send the shard's rows down the line and write what comes out, chunk by chunk."""
+    stats, progress = Stats(), command.Progress(parquet.rows([selected]), "images")
+    sent: deque[pa.Table] = deque()
+
+    def photos() -> Iterator[Photo]:
+        with pq.ParquetFile(selected) as file:
+            for batch in file.iter_batches(batch_size=CHUNK_ROWS):
+                sent.append(pa.Table.from_batches([batch]))
+                yield from line.looked_up(batch.column("storage_path").to_pylist())
+
+    dim = line.dim
+    with parquet.writer(encoded, parquet.encoded(dim), made_by) as writer:
+        done = line.done(photos())
+        while chunk := list(_counted(islice(done, CHUNK_ROWS), stats, progress)):
+            table = _with_outcomes(sent.popleft(), chunk, dim)
+            writer.write_table(table, row_group_size=CHUNK_ROWS)
+    return stats
+
+
+def _counted(
+    photos: Iterable[Photo], stats: Stats, progress: command.Progress
+) -> Iterator[Photo]:
+    for photo in photos:
+        stats.add(photo)
+        progress.update(stats.images)
+        yield photo
+
+
+def _with_outcomes(selected: pa.Table, photos: list[Photo], dim: int) -> pa.Table:
+    """The selected rows with size, mtime_ns, vec and error of their photos."""
+    values = np.zeros((len(photos), dim), np.float32)
+    for row, photo in enumerate(photos):
+        if photo.vec is not None:
+            values[row] = photo.vec
+    null = pa.array([photo.vec is None for photo in photos], pa.bool_())
+    outcomes = {
+        "size": [photo.stat.size if photo.stat else None for photo in photos],
+        "mtime_ns": [photo.stat.mtime_ns if photo.stat else None for photo in photos],
+        "vec": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim, mask=null),
+        "error": [photo.error for photo in photos],
+    }
+    schema = parquet.encoded(dim)
+    columns = [outcomes.get(name, selected[name] if name in selected.schema.names else None)
+               for name in schema.names]  # fmt: skip
+    return pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)
+
+
+class Line(AbstractContextManager["Line"]):
+    """Reader, decoder and encoder of one shard, joined by bounded queues."""
+
+    def __init__(self, job: EncodeJob, cache: VectorCache) -> None:
+        self.job = job
+        self.cache = cache
+        self.lock = threading.Lock()  # over the cache and under_way
+        self.under_way: dict[bytes, Photo] = {}
+        self.batch: list[Photo] = []
+        self.refreshed = time.monotonic()
+        self.statters = ThreadPoolExecutor(STAT_THREADS, "stat")
+        self.decoders = ThreadPoolExecutor(job.workers, "decode")
+
+    def __exit__(self, *exc: object) -> None:
+        self.decoders.shutdown(cancel_futures=True)
+        self.statters.shutdown(cancel_futures=True)
+
+    @functools.cached_property
+    def encoder(self) -> "Encoder":
+        return self.job.encoder()
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        # Only of a model that lives on a hub are the pixels not known before it is loaded.
+        return Decoder(self.job.model.preprocess or self.encoder.preprocess, self.job.chosen)
+
+    @property
+    def dim(self) -> int:
+        """The length of the vectors."""
+        return self.job.model.embed_dim or self.encoder.dim
+
+    def looked_up(self, paths: list[str | None]) -> list[Photo]:
+        """The photos of a chunk; done are those whose file is missing or in the cache."""
+        photos = [Photo(path) for path in paths]
+        list(self.statters.map(self._stat, photos))
+        there = [photo for photo in photos if photo.stat is not None]
+        with self.lock:
+            self._refresh()
+            hits = self.cache.lookup_files(
+                [photo.path or "" for photo in there],
+                np.array([photo.stat.size for photo in there if photo.stat], np.int64),
+                np.array([photo.stat.mtime_ns for photo in there if photo.stat], np.int64),
+            )
+        for row, photo in enumerate(there):
+            photo.vec, photo.error = hits.vector(row), hits.error(row)
+            photo.how = "same file"
+        return photos
+
+    def _stat(self, photo: Photo) -> None:
+        try:
+            photo.stat = self.job.photos.stat(photo.path)
+        except PhotoError as error:
+            photo.error = str(error)
+
+    def _refresh(self) -> None:
+        """Pick up what other shards have encoded meanwhile."""
+        if time.monotonic() - self.refreshed > REFRESH_S:
+            self.cache.refresh()
+            self.refreshed = time.monotonic()
+
+    def done(self, photos: Iterable[Photo]) -> Iterator[Photo]:
+        """The photos with their outcome, in the order they came in."""
+        waiting: deque[Photo] = deque()
+        working: deque[tuple[Photo, Future[None]]] = deque()
+        for photo in photos:
+            waiting.append(photo)
+            if not photo.done:
+                if not self.cache.entries:
+                    self.encoder  # noqa: B018  bad weights show before the first image is read
+                working.append((photo, self.decoders.submit(self._decode, photo)))
+            while working and (len(working) > self.window or len(waiting) > LONGEST_WAIT):
+                self._collect(*working.popleft())
+            if len(waiting) > LONGEST_WAIT:
+                self._encode_batch()
+            while waiting and waiting[0].done:
+                yield waiting.popleft()
+        while working:
+            self._collect(*working.popleft())
+        self._encode_batch()
+        yield from waiting
+
+    @property
+    def window(self) -> int:
+        """Photos decoded or being decoded: enough that neither side waits for the other."""
+        return 2 * self.job.chosen.batch_size + 2 * self.job.workers
+
+    def _decode(self, photo: Photo) -> None:
+        """Read, look up by content, decode: on a worker thread."""
+        try:
+            data, photo.stat = self.job.photos.read(photo.path)
+            photo.digest = sha256(data).digest()
+            if not self._claim(photo):
+                return
+            photo.pixels = self.decoder(data)
+        except PhotoError as error:
+            self._finish(photo, None, str(error))
+
+    def _claim(self, photo: Photo) -> bool:
+        """Whether this photo's bytes are to be decoded here, being met for the first time."""
+        with self.lock:
+            twin = self.under_way.get(photo.digest)
+            if twin is not None:
+                twin.twins.append(photo)
+                return False
+            hits = self.cache.lookup_digests([photo.digest])
+            if not hits.found(0):
+                self.under_way[photo.digest] = photo
+                return True
+            self._settle(photo, hits.vector(0), hits.error(0), "same bytes")
+            return False
+
+    def _collect(self, photo: Photo, work: Future[None]) -> None:
+        work.result()
+        if photo.pixels is not None:
+            self.batch.append(photo)
+        if self.batch and len(self.batch) == self.encoder.batch_rows:
+            self._encode_batch()
+
+    def encode_pixels(self, pixels: "list[torch.Tensor]") -> np.ndarray:
+        """Unit vectors, float32 (rows, dim), of decoded photos; a row of NaN has none."""
+        import torch
+
+        if not pixels:
+            return np.empty((0, self.encoder.dim), np.float32)
+        return self.encoder.encode(torch.stack(pixels), len(pixels))
+
+    def _encode_batch(self) -> None:
+        if not self.batch:
+            return
+        vectors = self.encode_pixels([p.pixels for p in self.batch if p.pixels is not None])
+        for photo, vec in zip(self.batch, vectors, strict=True):
+            photo.pixels = None
+            sound = bool(np.isfinite(vec).all())
+            self._finish(photo, vec if sound else None, None if sound else NO_VECTOR)
+        self.batch.clear()
+
+    def _finish(self, photo: Photo, vec: np.ndarray | None, error: str | None) -> None:
+        """Give a photo and its twins their outcome and let the cache know."""
+        with self.lock:
+            self.under_way.pop(photo.digest, None)
+            self._settle(photo, vec, error, "encoded")
+            for twin in photo.twins:
+                self._settle(twin, vec, error, "same bytes in this run")
+
+    def _settle(
+        self, photo: Photo, vec: np.ndarray | None, error: str | None, how: str
+    ) -> None:
+        photo.how = how
+        if photo.digest and photo.stat and (vec is not None or _is_the_files(error)):
+            self.cache.add(
+                photo.path or "", photo.stat.size, photo.stat.mtime_ns, photo.digest, vec, error
+            )
+        photo.error = error
+        photo.vec = vec
+
+
+def _is_the_files(error: str | None) -> bool:
+    """Whether an error belongs to the bytes alone; limits and permissions may change."""
+    return error is not None and error.startswith("broken:")
+
+
+if __name__ == "__main__":
+    command.run(main, "encode")

@@ -1,0 +1,367 @@
+"""The image tower of an open_clip model: fixed batches of pixels in, unit vectors out.
+
+Every forward pass has one shape, so an image's vector is the same bits whatever its batch
+mates, its place in the batch and the rows that fill it up.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import open_clip
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from pipeline.command import log
+from pipeline.errors import ModelError
+from pipeline.model import CONFIG_FILE, HUB, LOCAL_DIR, Model, full_preprocess, pretrained_tags
+
+# ViT-B/32 gains nothing from more rows on a CPU, and a smaller shape wastes less on a last batch.
+CPU_ROWS = 16
+IN_FLIGHT = 2
+PROBE_S = 3.0
+NO_HUB_HINT = (
+    "where no hub is reachable, copy a model folder here and set model_name: local-dir:FOLDER"
+)
+
+
+@dataclass
+class _Slot:
+    """Pinned buffers for one batch on its way through a GPU."""
+
+    pixels: torch.Tensor
+    vectors: torch.Tensor
+    done: torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A batch that was submitted; Encoder.result() makes its vectors of it, once."""
+
+    rows: int
+    slot: _Slot | None
+    vectors: torch.Tensor
+
+
+class Encoder:
+    """An image tower on a device. Not for several threads at a time.
+
+    `dim` is the vectors' length, `size` the input's (height, width), `preprocess` open_clip's
+    settings as plain values, `batch_rows` the rows of each forward pass.
+    """
+
+    def __init__(
+        self,
+        tower: torch.nn.Module,
+        preprocess: dict[str, Any],
+        device: str,
+        precision: str,
+        batch_rows: int,
+    ) -> None:
+        self.preprocess = preprocess
+        self.size: tuple[int, int] = (preprocess["size"][0], preprocess["size"][1])
+        self.batch_rows = batch_rows
+        self._device = torch.device(device)
+        self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+            precision
+        ]
+        self._layout = _layout(tower)
+        self._tower = tower.eval().to(self._device).to(memory_format=self._layout)
+        self._mean = self._channels(preprocess["mean"])
+        self._std = self._channels(preprocess["std"])
+        self._shape = (batch_rows, 3, *self.size)
+        self._padded = torch.zeros(self._shape, dtype=torch.uint8)
+        self._submitted = 0
+        self.dim = int(self._forward(self._padded.to(self._device)).shape[1])
+        on_gpu = self._device.type == "cuda"
+        self._slots = [self._slot() for _ in range(IN_FLIGHT)] if on_gpu else []
+
+    def encode(self, batch: torch.Tensor, rows: int | None = None) -> npt.NDArray[np.float32]:
+        """Unit vectors, float32 (rows, dim), of the first `rows` (all) images of a uint8 CPU tensor.
+
+        `batch` is (at least rows, 3, height, width), RGB; longer than batch_rows is encoded in
+        parts. A vector without direction (zero or not finite) is a row of NaN; the others are
+        what they would be without it.
+        """
+        rows = len(batch) if rows is None else rows
+        parts = [
+            self.result(self.submit(batch[start : start + self.batch_rows], length))
+            for start in range(0, rows, self.batch_rows)
+            for length in [min(self.batch_rows, rows - start)]
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def submit(self, batch: torch.Tensor, rows: int) -> Handle:
+        """Start encoding at most batch_rows images; on a CPU, encode them.
+
+        At most IN_FLIGHT handles may be open; `batch` may be reused when this returns.
+        """
+        if not 0 < rows <= min(len(batch), self.batch_rows):
+            raise ValueError(f"rows is {rows}, of {len(batch)}; at most {self.batch_rows}")
+        if not self._slots:
+            return Handle(rows, None, self._forward(self._fill(self._padded, batch, rows)))
+        slot = self._slots[self._submitted % IN_FLIGHT]
+        self._submitted += 1
+        slot.done.synchronize()
+        pixels = self._fill(slot.pixels, batch, rows).to(self._device, non_blocking=True)
+        slot.vectors.copy_(self._forward(pixels), non_blocking=True)
+        slot.done.record(torch.cuda.current_stream(self._device))
+        return Handle(rows, slot, slot.vectors)
+
+    def result(self, handle: Handle) -> npt.NDArray[np.float32]:
+        """The vectors of a submitted batch, as encode() gives them; waits for the device."""
+        if handle.slot is not None:
+            handle.slot.done.synchronize()
+        vectors: npt.NDArray[np.float32] = handle.vectors[: handle.rows].numpy().copy()
+        return vectors
+
+    def _fill(self, buffer: torch.Tensor, batch: torch.Tensor, rows: int) -> torch.Tensor:
+        """The batch in the fixed shape; what the buffer held before stays behind it."""
+        if rows == len(batch) == len(buffer) and not buffer.is_pinned():
+            return batch
+        buffer[:rows].copy_(batch[:rows])
+        return buffer
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (float32, on the device) of a full batch of uint8 pixels."""
+        with torch.inference_mode():
+            scaled = (pixels.to(torch.float32) / 255 - self._mean) / self._std
+            output = self._tower(scaled.to(self._dtype).contiguous(memory_format=self._layout))
+            features = output[0] if isinstance(output, tuple) else output
+            return _unit(features.float())
+
+    def _channels(self, values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
+
+    def _slot(self) -> _Slot:
+        return _Slot(
+            torch.zeros(self._shape, dtype=torch.uint8, pin_memory=True),
+            torch.zeros((self.batch_rows, self.dim), pin_memory=True),
+            torch.cuda.Event(),  # type: ignore[no-untyped-call]
+        )
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    direction = torch.isfinite(norm) & (norm > torch.finfo(torch.float32).tiny)
+    return torch.where(direction, features / norm, torch.nan)
+
+
+def _layout(tower: torch.nn.Module) -> torch.memory_format:
+    """Channels last for convolutional nets; a ViT's one convolution does not repay the copy."""
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in tower.modules())
+    return torch.channels_last if convolutions > 4 else torch.contiguous_format
+
+
+def load_encoder(
+    model: Model, device: str, precision: str, threads: int, batch_size: int = 96
+) -> Encoder:
+    """The model's image tower on a resolved device in a resolved precision.
+
+    `threads` is how many cores torch may use, `batch_size` the rows of a forward pass at most.
+    Weights that are not here are fetched from the hub. ModelError: they cannot be had or do not
+    fit, or the model is not as its configuration says.
+    """
+    torch.set_num_threads(threads)
+    # fp32 is asked for to be exact; torch would round the convolutions' factors to ten bits.
+    torch.backends.cudnn.allow_tf32 = False
+    name, checkpoint = _located(model, _fetched(model))
+    clip, preprocess = _created(model, name, checkpoint, precision)
+    rows = min(batch_size, CPU_ROWS) if device == "cpu" else batch_size
+    encoder = Encoder(clip.visual, preprocess, device, precision, rows)
+    _check(model, encoder)
+    _warn_of_activation(model)
+    log.info(
+        "encoder %s on %s, %s, weights %s",
+        model.model_rev, _device_name(device, threads), precision, model.weights[:48],
+    )  # fmt: skip
+    return encoder
+
+
+def weights_present(model: Model) -> None:
+    """ModelError unless the weights are on this machine, or the hub that has them answers."""
+    if model.checkpoint is not None:
+        if not model.checkpoint.is_file():
+            raise ModelError("a weights file", "none", str(model.checkpoint))
+    elif _cached(model) is None:
+        _reach_hub(model)
+
+
+def _created(model: Model, name: str, checkpoint: Path | None, precision: str) -> tuple[Any, Any]:
+    """The whole open_clip model on the CPU, and its preprocessing.
+
+    fp16 and bf16 are open_clip's mixed kinds, not the pure ones: the norm layers stay in float32,
+    as in the original CLIP, which costs no time and keeps the residual stream's small numbers.
+    """
+    try:
+        with _quiet():
+            clip = open_clip.create_model(
+                name,
+                pretrained=None if checkpoint is None else str(checkpoint),
+                precision=precision,
+                require_pretrained=True,
+                force_preprocess_cfg=None if model.preprocess is None else dict(model.preprocess),
+            )
+    except Exception as error:
+        # open_clip and torch raise all kinds, for what is always one of two mistakes
+        raise ModelError(
+            f"weights that fit the architecture of {model.model_rev}",
+            f"{type(error).__name__}: {_first_line(error)}",
+            "",
+            "model_name and pretrained must belong together, and the file be whole",
+        ) from error
+    config = clip.visual.preprocess_cfg
+    return clip, full_preprocess(config, config["size"])
+
+
+def _check(model: Model, encoder: Encoder) -> None:
+    """What was loaded is what the database and the cache were checked against."""
+    for field, expected, found in [
+        ("embed_dim", model.embed_dim, encoder.dim),
+        ("preprocess_cfg", model.preprocess, encoder.preprocess),
+    ]:
+        if expected is not None and expected != found:
+            raise ModelError(
+                f"{field} {expected}", str(found), model.model_rev, f"correct its {CONFIG_FILE}"
+            )
+
+
+def _warn_of_activation(model: Model) -> None:
+    """Weights trained with QuickGELU load under a plain name too, and then encode worse."""
+    tag = pretrained_tags().get(model.name, {}).get(model.pretrained, {})
+    if tag.get("quick_gelu", False) and not open_clip.get_model_config(model.name).get(
+        "quick_gelu"
+    ):
+        log.warning(
+            "%s was trained with QuickGELU, which %s lacks; hint: model_name %s-quickgelu",
+            model.pretrained, model.name, model.name,
+        )  # fmt: skip
+
+
+def _located(model: Model, hub_files: list[Path]) -> tuple[str, Path | None]:
+    """The name and the weights file to give to open_clip, so that it needs no network."""
+    if model.name.startswith(HUB):
+        return f"{LOCAL_DIR}{hub_files[0].parent}", None
+    if model.name.startswith(LOCAL_DIR):
+        return model.name, None
+    return model.name, model.checkpoint or hub_files[0]
+
+
+def _fetched(model: Model) -> list[Path]:
+    """The model's files from the hub, from its cache on this machine where they are there."""
+    if model.checkpoint is not None:
+        return []
+    cached = _cached(model)
+    if cached is not None:
+        return cached
+    _reach_hub(model)
+    repository, file = os.path.split(model.hub)
+    log.info("downloading %s from %s, once", model.hub, hub_constants.ENDPOINT)
+    disable_progress_bars()
+    config = [CONFIG_FILE] if model.name.startswith(HUB) else []
+    try:
+        with _quiet():
+            return [
+                Path(open_clip.pretrained.download_pretrained_from_hf(repository, filename=name))
+                for name in [file or None, *config]
+            ]
+    except Exception as error:  # the hub's client has a dozen kinds, none of which is our doing
+        raise ModelError(
+            f"the weights {model.hub}", _first_line(error), hub_constants.ENDPOINT, NO_HUB_HINT
+        ) from error
+
+
+def _cached(model: Model) -> list[Path] | None:
+    """The model's files in the hub's local cache; None unless all are there."""
+    repository, file = os.path.split(model.hub)
+    wanted = file or open_clip.constants.HF_WEIGHTS_NAME
+    default = wanted == open_clip.constants.HF_WEIGHTS_NAME
+    safe = (
+        open_clip.constants.HF_SAFE_WEIGHTS_NAME if default else f"{Path(wanted).stem}.safetensors"
+    )
+    weights = [path for name in (safe, wanted) if (path := _in_cache(repository, name))]
+    if not weights:
+        return None
+    if not model.name.startswith(HUB):
+        return weights[:1]
+    config = _in_cache(repository, CONFIG_FILE)
+    return [weights[0], config] if config and config.parent == weights[0].parent else None
+
+
+def _in_cache(repository: str, name: str) -> Path | None:
+    found = try_to_load_from_cache(repository, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _reach_hub(model: Model) -> None:
+    """ModelError within seconds unless the hub answers; its own client tries for a minute."""
+    if hub_constants.HF_HUB_OFFLINE:
+        found = "HF_HUB_OFFLINE is set, and they are not in its local cache"
+    elif not _answers(hub_constants.ENDPOINT):
+        found = f"no answer from {hub_constants.ENDPOINT}, and they are not in its local cache"
+    else:
+        return
+    raise ModelError(f"the weights {model.hub}", found, model.model_rev, NO_HUB_HINT)
+
+
+def _answers(url: str) -> bool:
+    """Whether anything speaks HTTP there, through the proxy if the environment names one.
+
+    A thread, since looking up a host's name heeds no timeout.
+    """
+    reached = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            with contextlib.closing(urllib.request.urlopen(request, timeout=PROBE_S)):
+                reached.set()
+        except urllib.error.HTTPError:
+            reached.set()  # a refusal is an answer too
+        except (OSError, ValueError) as error:
+            # certificates are the client's matter: it has its own, urllib may lack them
+            if "CERTIFICATE" in str(error):
+                reached.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_S + 1)
+    return reached.is_set()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep warnings, and open_clip's remarks to the root logger, out of the log.
+
+    Without a handler there, its first remark would also install one that doubles all our lines.
+    """
+    nothing = logging.NullHandler()
+    logging.getLogger().addHandler(nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().removeHandler(nothing)
+
+
+def _device_name(device: str, threads: int) -> str:
+    if device == "cpu":
+        return f"cpu ({threads} threads)"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,0 +1,111 @@
+"""Export pending listings and their scored image candidates from Postgres to Parquet.
+
+Reads: the listings, images and features tables and the target, in one read-only REPEATABLE READ
+snapshot. Writes: listings.parquet (newest edited_date first, then listing_id) and images.parquet
+(the same order, then image_index). Guarantees: both files come from one snapshot, are streamed,
+and hold every pending listing up to the limit with at least one candidate.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from adbc_driver_manager.dbapi import Connection, Cursor
+
+from pipeline import command, database, failures, parquet, settings, source
+from pipeline.command import log
+from pipeline.errors import DataError
+from pipeline.settings import Environment, Settings
+
+BATCH_BYTES = 8 * 2**20
+EXPORTED_BY = ("limit_listings", "force", "source", "model_rev", "pca_rev")
+
+
+def main() -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("--listings", type=Path, required=True, help="listings.parquet to write")
+    parser.add_argument("--images", type=Path, required=True, help="images.parquet to write")
+    parser.add_argument("--state", default="{}", help="JSON: the source state, kept as metadata")
+    settings.add_flags(
+        parser, "limit_listings", "force", "source", "model_rev", "pca_rev", "cache_dir",
+        "follow_symlinks", "max_image_bytes", "max_image_pixels",
+    )  # fmt: skip
+    args = parser.parse_args()
+    chosen = settings.from_flags(args)
+    if not chosen.model_rev:
+        parser.error("--model-rev must name the encoder")
+    environment = Environment.read()
+    state = json.loads(args.state)
+    params = chosen.model_dump(include=set(EXPORTED_BY)) | {"state": state}
+    log.info("from %s", database.quoted(environment.listings))
+    counts = database.retrying(
+        lambda: export(environment, chosen, params, args.listings, args.images)
+    )
+    log.info(
+        "%d listings, %d images -> %s", counts["listings"], counts["images"], args.listings.parent
+    )
+
+
+def export(
+    environment: Environment, chosen: Settings, params: dict[str, Any], listings: Path, images: Path
+) -> dict[str, int]:
+    """Write both files from one snapshot; returns the row counts."""
+    with database.connect(read_only=True, repeatable=True) as connection:
+        with connection.cursor() as cursor:
+            source.check_inputs(cursor, environment)
+            database.fetch(cursor, "SELECT set_config('work_mem', '256MB', true)")
+            pending = source.prepare(
+                cursor,
+                environment,
+                chosen,
+                waiting=failures.waiting(chosen, environment.image_root, params),
+            )
+            _log_census(cursor, pending.census)
+        n_listings = _write(connection, pending.listings, listings, parquet.LISTINGS, params)
+        n_images = _write(connection, pending.candidates, images, parquet.CANDIDATES, params)
+    return {"listings": n_listings, "images": n_images}
+
+
+def _log_census(cursor: Cursor, sql: str) -> None:
+    total, spam, undated, no_url, unusable, superseded = database.fetch(cursor, sql)[0]
+    log.info(
+        "%d listing rows; left out: %d spam, %d without edited_date, %d without url",
+        total, spam, undated, no_url,
+    )  # fmt: skip
+    if unusable:
+        log.warning("%d listings refused: edited_date is infinite or beyond year 9999", unusable)
+    if superseded:
+        log.warning(
+            "%d listings have several generations with one edited_date: the highest wins",
+            superseded,
+        )
+
+
+def _write(
+    connection: Connection, sql: str, path: Path, schema: pa.Schema, params: dict[str, Any]
+) -> int:
+    rows = 0
+    with parquet.writer(path, schema, {"export": params}) as writer:
+        for batch in _stream(connection, sql):
+            table = pa.Table.from_batches([batch]).cast(schema)
+            if table["listing_id"].null_count:
+                raise DataError("a listing_id in every row", "a null", "listings table")
+            writer.write_table(table)
+            rows += table.num_rows
+    return rows
+
+
+def _stream(connection: Connection, sql: str) -> Iterator[pa.RecordBatch]:
+    """Record batches of a COPY as they arrive, never the whole result."""
+    with database.translated_errors(), connection.cursor() as cursor:
+        cursor.adbc_statement.set_options(
+            **{"adbc.postgresql.batch_size_hint_bytes": str(BATCH_BYTES)}
+        )
+        cursor.execute(sql)
+        yield from cursor.fetch_record_batch()
+
+
+if __name__ == "__main__":
+    command.run(main, "export")

@@ -1,0 +1,63 @@
+"""What the last run did, read from the files that it left."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import parquet
+
+RESULTS = Path("results")
+
+
+def main() -> None:
+    """Print a few lines that a person can read; nothing where there are no results."""
+    for stage, text in lines(RESULTS):
+        print(f"  {stage:<10} {text}")
+
+
+def lines(results: Path) -> Iterator[tuple[str, str]]:
+    """(stage, what it did) in data order, for the stages that have results."""
+    export = results / "export"
+    if not (export / "images.parquet").exists():
+        return
+    listings = parquet.rows([export / "listings.parquet"])
+    images = parquet.rows([export / "images.parquet"])
+    yield "export", f"{listings} listings, {images} images -> {export}"
+    shards = sorted((results / "select").glob("*.parquet"))
+    yield "select", f"{parquet.rows(shards)} images in {len(shards)} shards -> {results / 'select'}"
+    stats = [json.loads(path.read_text()) for path in (results / "encode").glob("*.json")]
+    if stats:
+        yield "encode", f"{encoded(stats)} -> {results / 'encode'}"
+    vectors = results / "aggregate" / "listing_vectors.parquet"
+    if vectors.exists():
+        failures = json.loads((results / "aggregate" / "failures.json").read_text())
+        without = len(failures["listings_without_vector"])
+        left = f", {without} listings without (failures.json)" if without else ""
+        yield "aggregate", f"{parquet.rows([vectors])} listing vectors{left} -> {vectors.parent}"
+    receipt = results / "load" / "receipt.json"
+    if receipt.exists() and receipt.stat().st_mtime_ns >= vectors.stat().st_mtime_ns:
+        yield "load", loaded(json.loads(receipt.read_text()))
+
+
+def encoded(stats: list[dict[str, Any]]) -> str:
+    """One line over all shards: encodes made, encodes saved by reason, failures by reason."""
+    saved: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for shard in stats:
+        saved.update(shard["saved"])
+        failed.update(shard["failed"])
+    parts = [f"{sum(shard['encoded'] for shard in stats)} images encoded"]
+    parts += [f"{count} saved ({how})" for how, count in saved.items() if count]
+    parts += [f"{count} failed ({reason})" for reason, count in failed.items()]
+    return ", ".join(parts)
+
+
+def loaded(receipt: dict[str, Any]) -> str:
+    """One line of a receipt."""
+    waiting = f", {receipt['waiting']} listings wait for files" if receipt["waiting"] else ""
+    return (
+        f"{receipt['inserted']} inserted, {receipt['updated']} updated,"
+        f" {receipt['unchanged']} unchanged{waiting} -> {receipt['table']}"
+    )
