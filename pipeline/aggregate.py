@@ -149,7 +149,7 @@ def _aggregate_batch(
 ) -> None:
     con.register("encoded", encoded)
     dim = parquet.dimension(encoded.schema)
-    means = con.execute(mean_sql(dim), identity).to_arrow_table()
+    means = con.sql(mean_sql(dim), params=identity).to_arrow_table()
     sound = [length > SMALLEST_MEAN for length in means["length"].to_pylist()]  # False for NaN
     vectors = means.filter(pa.array(sound, pa.bool_())).drop_columns(["length"])
     writer.write_table(
@@ -158,7 +158,7 @@ def _aggregate_batch(
     report.vectors += vectors.num_rows
     report.images += encoded.num_rows
     report.reasons.update(dict(con.execute(FAILED_SQL).fetchall()))
-    without = con.execute(WITHOUT_SQL).to_arrow_table().to_pylist()
+    without = con.sql(WITHOUT_SQL).to_arrow_table().to_pylist()
     cancelled = means.filter(pa.array([not s for s in sound], pa.bool_())).to_pylist()
     report.without += without + [_cancelled(listing) for listing in cancelled]
     report.listings += con.execute(

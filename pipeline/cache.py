@@ -674,6 +674,8 @@ def _read_rows(path: Path, rows: Ints, columns: list[str]) -> tuple[pa.Table, In
 
 def _matrix(column: pa.ChunkedArray, dim: int) -> tuple[Vectors, npt.NDArray[np.bool_]]:
     """The vectors, float32 (rows, dim), and which of them are null (their values are any)."""
+    if column.type.list_size != dim:
+        raise ValueError(f"vectors of {column.type.list_size} dimensions, not {dim}")
     chunks = [
         chunk.values.slice(chunk.offset * dim, len(chunk) * dim).to_numpy(zero_copy_only=False)
         for chunk in column.chunks

@@ -28,8 +28,9 @@ from pipeline.command import log
 from pipeline.errors import ModelError
 from pipeline.model import CONFIG_FILE, HUB, LOCAL_DIR, Model, full_preprocess, pretrained_tags
 
-# ViT-B/32 gains nothing from more rows on a CPU, and a smaller shape wastes less on a last batch.
-CPU_ROWS = 16
+# Rows of a forward pass on a CPU, by layout. A ViT gains nothing from more, a convolutional net
+# keeps its activations in the cores' caches (efficientnet-lite0: 4 rows 175 images/s, 16 rows 85).
+CPU_ROWS = {torch.contiguous_format: 16, torch.channels_last: 4}
 IN_FLIGHT = 2
 PROBE_S = 3.0
 NO_HUB_HINT = (
@@ -179,7 +180,7 @@ def load_encoder(
     torch.backends.cudnn.allow_tf32 = False
     name, checkpoint = _located(model, _fetched(model))
     clip, preprocess = _created(model, name, checkpoint, precision)
-    rows = min(batch_size, CPU_ROWS) if device == "cpu" else batch_size
+    rows = min(batch_size, CPU_ROWS[_layout(clip.visual)]) if device == "cpu" else batch_size
     encoder = Encoder(clip.visual, preprocess, device, precision, rows)
     _check(model, encoder)
     _warn_of_activation(model)

@@ -141,7 +141,8 @@ class Workflow:
             "state": {"pending": "nothing", "after_load": "", "changed_files": ""},
         }
         params = self._export or nothing
-        return flags({**params, "state": json.dumps(params["state"])}) + " " + self._flags(*LIMITS)
+        state = json.dumps(params["state"], sort_keys=True)
+        return flags({**{k: params[k] for k in nothing}, "state": state}) + f" {self._flags(*LIMITS)}"
 
     def select(self, wildcards: object) -> str:
         """Flags of select."""

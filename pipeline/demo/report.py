@@ -44,8 +44,10 @@ union all select '  images in their means', coalesce(sum(n_images), 0) from curr
 _NEAREST = f"""
 with {_CURRENT},
 probes as (
-    select * from current_vectors
-    order by md5(listing_id::text) limit {PROBES}
+    select distinct on (part) * from (
+        select *, ntile({PROBES}) over (order by listing_id) as part from current_vectors
+    ) parts
+    order by part, listing_id
 )
 select p.listing_id, p.title, n.title, 1 - n.distance
 from probes p cross join lateral (
@@ -53,7 +55,7 @@ from probes p cross join lateral (
     where c.listing_id <> p.listing_id
     order by distance, c.listing_id limit {NEIGHBOURS}
 ) n
-order by md5(p.listing_id::text), n.distance, n.listing_id
+order by p.listing_id, n.distance, n.listing_id
 """
 
 # In the made-up marketplace listings with one title offer one phone, with photos of their own.
@@ -122,7 +124,7 @@ def _print_further(dsn: str, folder: Path, image_root: str, snakemake: str) -> N
 Look further
 
   The files between the stages, with DuckDB; here the images that could not be read:
-    {python} -c {shlex.quote(f'import duckdb; duckdb.sql("{errors}").show(max_width=120)')}
+    {python} -c "import duckdb; print(duckdb.sql('''{errors}'''))"
   The database, with psql:
     export PG_DSN={shlex.quote(dsn)}
     {psql} "$PG_DSN" -c {shlex.quote(nearest)}

@@ -1,0 +1,230 @@
+"""A real Postgres with pgvector, a real encoder (tiny), and folders that Snakemake runs in."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import adbc_driver_postgresql.dbapi as adbc
+import pytest
+from PIL import Image
+
+from pipeline.demo import postgres
+from pipeline.demo.encoder import random_encoder
+
+REPOSITORY = Path(__file__).parent.parent
+T0 = "2026-01-01 12:00:00.000001+00"
+
+
+class Database:
+    """One database of the test server; a statement is a transaction."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+
+    def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Run a statement; returns its rows, if it has any."""
+        with adbc.connect(self.dsn, autocommit=True) as connection, connection.cursor() as cursor:
+            cursor.execute("SET TIME ZONE 'UTC'")
+            cursor.execute(sql, parameters or None)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    def add_listing(
+        self,
+        listing_id: int,
+        paths: list[str | None] = [],  # noqa: B006  never changed
+        *,
+        generation: int = 1,
+        edited_date: str | None = T0,
+        url: str | None = "https://example.com",
+        spam: str | None = None,
+    ) -> None:
+        """A listing and its images, numbered from 0."""
+        self.execute(
+            'INSERT INTO "iPhone".iphone_listings VALUES ($1, $2, $3::text::timestamptz, $4, $5)',
+            generation, listing_id, edited_date, url, spam,
+        )  # fmt: skip
+        for index, path in enumerate(paths):
+            self.add_image(listing_id, index, path, generation=generation)
+
+    def add_image(
+        self, listing_id: int, image_index: int, path: str | None, *, generation: int = 1
+    ) -> None:
+        """One image row."""
+        self.execute(
+            'INSERT INTO "iPhone".iphone_image_assets VALUES ($1, $2, $3, $4)',
+            generation, listing_id, image_index, path,
+        )  # fmt: skip
+
+    def add_features(
+        self,
+        listing_id: int,
+        image_index: int,
+        *,
+        generation: int = 1,
+        version: int = 1,
+        stock: bool | None = False,
+        screenshot: bool | None = False,
+        quality: int | None = 0,
+        background: int | None = 0,
+    ) -> None:
+        """One row of quality flags."""
+        self.execute(
+            "INSERT INTO ml.iphone_image_features_v1 VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            version, generation, listing_id, image_index, stock, screenshot, quality, background,
+        )  # fmt: skip
+
+    def edit(self, listing_id: int, edited_date: str) -> None:
+        """Give a listing a new edited_date."""
+        self.execute(
+            'UPDATE "iPhone".iphone_listings SET edited_date = $1::text::timestamptz'
+            " WHERE listing_id = $2",
+            edited_date, listing_id,
+        )  # fmt: skip
+
+    def vectors(self, columns: str = "*") -> list[tuple[Any, ...]]:
+        """The rows of the target in key order; vec as text, times as text in UTC."""
+        return self.execute(
+            f"SELECT {columns} FROM (SELECT listing_id, edited_date::text, source, model_rev,"
+            " pca_rev, vec::text, n_images, updated_at::text FROM ml.img_vec512_v1"
+            " ORDER BY listing_id, edited_date, source, model_rev, pca_rev) t"
+        )
+
+
+@dataclass
+class Run:
+    """A finished Snakemake run."""
+
+    code: int
+    output: str
+    rules: list[str] = field(init=False)  # the rules whose jobs were started, sorted
+
+    def __post_init__(self) -> None:
+        started = re.findall(r"^(?:local)?rule (\w+):$", self.output, re.M)
+        self.rules = sorted({rule for rule in started if rule not in ("all", "selected", "vectors")})
+
+
+@dataclass
+class Workspace:
+    """A folder to run in, with photos of its own, a database and a tiny encoder."""
+
+    folder: Path
+    database: Database
+    encoder: Path
+    env: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def photos(self) -> Path:
+        return self.folder / "listing_images"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    def photo(self, name: str, colour: str = "red", size: tuple[int, int] = (48, 36)) -> str:
+        """Write a photo of one colour with a corner that tells up from down; returns its path."""
+        path = self.photos / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", size, colour)
+        image.paste("white", (0, 0, size[0] // 3, size[1] // 3))
+        image.save(path, quality=90)
+        return name
+
+    def command(self, *words: str, config: Mapping[str, Any] | None = None) -> list[str]:
+        """The words of a snakemake command in this folder."""
+        settings = {"model_name": f"local-dir:{self.encoder}", "shards": 2, **self.config}
+        settings |= config or {}
+        return [
+            sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"),
+            "--workflow-profile", str(REPOSITORY / "profiles" / "default"),
+            "--cores", "2", *words,
+            "--config", *(f"{key}={value}" for key, value in settings.items()),
+        ]  # fmt: skip
+
+    def snakemake(
+        self, *words: str, config: Mapping[str, Any] | None = None, env: Mapping[str, str] = {}
+    ) -> Run:
+        """Run Snakemake to its end."""
+        return self._run(self.command(*words, config=config), env)
+
+    def python(self, *words: str, env: Mapping[str, str] = {}) -> Run:
+        """Run `python` with these words in this folder."""
+        return self._run([sys.executable, *words], env)
+
+    def _run(self, words: list[str], env: Mapping[str, str]) -> Run:
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        return Run(done.returncode, done.stdout)
+
+    def run(self, *words: str, config: Mapping[str, Any] | None = None) -> Run:
+        """Run Snakemake, which must succeed."""
+        run = self.snakemake(*words, config=config)
+        assert run.code == 0, run.output
+        return run
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a running Postgres server."""
+    folder = tmp_path_factory.mktemp("postgres")
+    with postgres.embedded_postgres(folder):
+        yield folder
+
+
+@pytest.fixture
+def empty_database(server: Path) -> Iterator[Database]:
+    """A database with pgvector and nothing else."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield Database(postgres.create_database(server, name))
+    Database(postgres.dsn(server)).execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny 512-d encoder, made from a fixed seed."""
+    return random_encoder(tmp_path_factory.mktemp("encoders") / "tiny", seed=1)
+
+
+@pytest.fixture
+def environment(empty_database: Database) -> dict[str, str]:
+    """The environment of a run, with nothing of the caller's settings in it."""
+    names = ("PG", "IMAGE_", "LISTINGS_", "ASSETS_", "ML_SCHEMA", "VECTORS_", "SNAKEMAKE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    return {**kept, "PG_DSN": empty_database.dsn, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.fixture
+def database(empty_database: Database, environment: dict[str, str]) -> Database:
+    """A database with the three input tables and the target, all empty."""
+    subprocess.run(
+        [sys.executable, "-m", "pipeline", "create-table", "--all", "--dimension", "512"],
+        env=environment, cwd=REPOSITORY, check=True, capture_output=True,
+    )  # fmt: skip
+    return empty_database
+
+
+@pytest.fixture
+def workspace(
+    tmp_path: Path, database: Database, encoder: Path, environment: dict[str, str]
+) -> Workspace:
+    """A folder where the job can run; its Snakefile, profile and code are the repository's."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "config.yaml", folder)
+    space = Workspace(folder, database, encoder, environment)
+    space.photos.mkdir()
+    return space

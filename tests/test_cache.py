@@ -1,0 +1,386 @@
+"""The vector cache: what it finds, whoever else reads, writes and prunes at the same time."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cache as cache_module
+from pipeline.cache import NoCache, VectorCache, prune, stats
+from pipeline.errors import DataError
+from pipeline.model import Fingerprint
+
+DIM = 4
+FINGERPRINT = Fingerprint("w", "a", "t", "fp32", "full", True)
+
+
+def unit(axis: int) -> np.ndarray:
+    return np.eye(DIM, dtype=np.float32)[axis % DIM]
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def put(cache: VectorCache, *names: str, size: int = 10, axis: int | None = None) -> None:
+    """Add images with these paths; the vector's axis is by default the path's last digit."""
+    for name in names:
+        vec = unit(int(name[-1]) if axis is None else axis)
+        cache.add(name, size, 1, digest(name), vec, None)
+
+
+def axes(cache: VectorCache, *names: str, size: int = 10) -> list[int | str | None]:
+    """The axis of each image's vector, its error, or None where it is not found."""
+    hits = cache.lookup_files(
+        list(names), np.full(len(names), size), np.full(len(names), 1, np.int64)
+    )
+    return [
+        hits.error(row) if (vec := hits.vector(row)) is None else int(vec.argmax())
+        for row in range(len(names))
+    ]
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("part-*.parquet"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "vectors" / "f"
+
+
+def test_finds_by_file_and_by_content_what_was_added(folder: Path) -> None:
+    """A vector comes back bit by bit, by its file and by its bytes, before and after the write."""
+    vec = np.array([0.6, 0, -0.8, 0], np.float32)
+    for cache in (VectorCache(folder, DIM), VectorCache(folder, DIM)):
+        if cache.entries == 0:
+            cache.add("a.jpg", 5, 6, digest("a"), vec, None)
+        by_file = cache.lookup_files(["x", "a.jpg"], np.array([5, 5]), np.array([6, 6]))
+        by_content = cache.lookup_digests([digest("a"), digest("x")])
+        cache.flush()
+
+        assert [by_file.found(0), by_file.found(1), len(by_file)] == [False, True, 1]
+        assert by_file.vector(1).tobytes() == vec.tobytes()
+        assert by_content.vector(0).tobytes() == vec.tobytes()
+        assert by_content.found(1) is False
+
+
+@pytest.mark.parametrize(("size", "mtime_ns"), [(6, 6), (5, 7)])
+def test_a_changed_file_is_a_miss(folder: Path, size: int, mtime_ns: int) -> None:
+    """Another size or mtime under the same path is another image."""
+    with VectorCache(folder, DIM) as cache:
+        cache.add("a.jpg", 5, 6, digest("a"), unit(0), None)
+
+    hits = VectorCache(folder, DIM).lookup_files(["a.jpg"], np.array([size]), np.array([mtime_ns]))
+
+    assert len(hits) == 0
+
+
+def test_errors_are_remembered(folder: Path) -> None:
+    """A broken photo is known to be broken, with the same words."""
+    with VectorCache(folder, DIM) as cache:
+        cache.add("bad", 10, 1, digest("bad"), None, "broken: truncated")
+        put(cache, "good1")
+
+    assert axes(VectorCache(folder, DIM), "good1", "bad") == [1, "broken: truncated"]
+
+
+def test_many_rows_across_parts_come_back_in_the_order_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups, parts and the order of the question do not mix up vectors."""
+    monkeypatch.setattr(cache_module, "FLUSH_ROWS", 300)
+    names = [f"image{i}" for i in range(1_000)]
+    with VectorCache(folder, DIM) as cache:
+        put(cache, *names)
+    shuffled = np.random.default_rng(0).permutation(names).tolist()
+
+    assert len(parts(folder)) == 4
+    assert axes(VectorCache(folder, DIM), *shuffled) == [int(n[-1]) % DIM for n in shuffled]
+
+
+def test_the_newest_entry_wins(folder: Path) -> None:
+    """Of two vectors for one file the later is found, in one part, across parts, after a prune."""
+    cache = VectorCache(folder, DIM)
+    put(cache, "a1", axis=0)
+    put(cache, "a1", axis=1)
+    assert axes(cache, "a1") == [1]
+    cache.flush()
+    assert axes(cache, "a1") == [1]
+    put(cache, "a1", axis=2)
+    cache.flush()
+
+    assert axes(cache, "a1") == [2]
+    assert axes(VectorCache(folder, DIM), "a1") == [2]
+    prune(folder.parent.parent)
+    assert axes(VectorCache(folder, DIM), "a1") == [2]
+    assert axes(cache, "a1") == [2]
+
+
+def test_equal_hashes_never_give_another_images_vector(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every hash the same, a lookup finds the right image or none."""
+
+    def constant(table):
+        return np.full(table.num_rows, 7, np.uint64)
+
+    monkeypatch.setattr(cache_module, "_file_hashes", constant)
+    monkeypatch.setattr(cache_module, "_digest_hashes", constant)
+    with VectorCache(folder, DIM) as cache:
+        put(cache, "a1", "a2", "a3")
+    cache = VectorCache(folder, DIM)
+
+    assert axes(cache, "a1", "a2", "a3", "a0") == [None, None, 3, None]
+    assert [cache.lookup_digests([digest(n)]).found(0) for n in ("a1", "a3")] == [False, True]
+
+
+def test_force_finds_only_what_this_run_adds_and_wins_later(folder: Path) -> None:
+    """Without reading, what was there is a miss; what is added replaces it for the next run."""
+    with VectorCache(folder, DIM) as before:
+        put(before, "a1", "a2")
+    forced = VectorCache(folder, DIM, read=False)
+    assert axes(forced, "a1", "a2") == [None, None]
+    put(forced, "a1", axis=3)
+    forced.flush()
+    forced.refresh()
+
+    assert axes(forced, "a1", "a2") == [3, None]
+    assert axes(VectorCache(folder, DIM), "a1", "a2") == [3, 2]
+
+
+def test_refresh_takes_in_the_parts_of_others(folder: Path) -> None:
+    """What another process wrote is found after a refresh, not before."""
+    reader, other = VectorCache(folder, DIM), VectorCache(folder, DIM)
+    put(other, "a1")
+    other.flush()
+
+    assert axes(reader, "a1") == [None]
+    assert [reader.refresh(), reader.refresh()] == [1, 0]
+    assert axes(reader, "a1") == [1]
+
+
+def test_flushes_by_itself_after_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run loses no more than the last seconds."""
+    cache = VectorCache(folder, DIM)
+    put(cache, "a1")
+    assert parts(folder) == []
+    monkeypatch.setattr(cache_module, "FLUSH_S", 0.0)
+    cache.refresh()
+
+    assert len(parts(folder)) == 1
+
+
+def _add_range(folder: Path, start: int, stop: int) -> None:
+    cache = VectorCache(folder, DIM)
+    for i in range(start, stop):
+        put(cache, f"image{i}")
+        if i % 10 == 0:
+            cache.flush()
+            cache.refresh()
+    cache.flush()
+
+
+def test_two_processes_share_one_folder(folder: Path) -> None:
+    """Two writers at the same time lose none of each other's entries."""
+    context = multiprocessing.get_context("spawn")
+    writers = [
+        context.Process(target=_add_range, args=(folder, start, start + 100)) for start in (0, 100)
+    ]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+    names = [f"image{i}" for i in range(200)]
+
+    assert [process.exitcode for process in writers] == [0, 0]
+    assert axes(VectorCache(folder, DIM), *names) == [int(n[-1]) % DIM for n in names]
+
+
+def test_a_killed_writer_leaves_no_partial_part(folder: Path) -> None:
+    """SIGKILL in the middle of writing: every part that is there is whole."""
+    code = (
+        "import sys, numpy as np, itertools, os\n"
+        "from pathlib import Path\n"
+        "from pipeline.cache import VectorCache\n"
+        f"cache = VectorCache(Path(sys.argv[1]), {DIM})\n"
+        "for i in itertools.count():\n"
+        f"    cache.add(f'i{{i}}', 1, 1, os.urandom(32), np.eye({DIM}, dtype='f4')[0], None)\n"
+        "    i % 50 or cache.flush()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    deadline = time.monotonic() + 20
+    while len(parts(folder)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cache = VectorCache(folder, DIM)
+
+    assert sum(s.entries for s in stats(folder.parent.parent)) == cache.entries
+    assert len(parts(folder)) == len(cache._parts.names) >= 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "rubbish", "empty", "vectors", "removed", "other dim"])
+def test_a_damaged_part_is_a_miss(
+    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unreadable part costs its entries and one warning, whenever it is damaged."""
+    with VectorCache(folder, DIM) as writer:
+        put(writer, "a1")
+        writer.flush()
+        put(writer, "a2")
+    opened = VectorCache(folder, DIM)
+    _damage(parts(folder)[0], damage)
+    caplog.clear()
+    for cache in (opened, VectorCache(folder, DIM)):
+        for _ in range(2):
+            cache.refresh()
+            assert axes(cache, "a1", "a2") == [None, 2]
+
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    expected = {"vectors": 0, "removed": 1}.get(damage, 2)
+    assert len(warnings) == expected
+
+
+def _damage(part: Path, how: str) -> None:
+    data = part.read_bytes()
+    if how == "removed":
+        part.unlink()
+    elif how == "other dim":
+        part.unlink()
+        other = VectorCache(part.parent, DIM + 1)
+        other.add("a1", 10, 1, digest("a1"), np.eye(DIM + 1, dtype=np.float32)[0], None)
+        other.flush()
+        newest = max(parts(part.parent), key=lambda path: int(path.name.split("-")[1]))
+        newest.rename(part)
+    elif how == "vectors":
+        at = data.index(unit(1).tobytes())
+        part.write_bytes(data[: at + 7] + b"\x7f" + data[at + 8 :])
+    else:
+        part.write_bytes({"cut": data[:-20], "rubbish": b"PAR1" * 40, "empty": b""}[how])
+
+
+def test_prune_merges_parts_and_drops_replaced_entries(folder: Path) -> None:
+    """Many parts become one with the newest entry of each file, found as before."""
+    cache = VectorCache(folder, DIM, document={"weights": "w"})
+    for name in ("a1", "a2", "a3", "a1"):
+        put(cache, name)
+        cache.flush()
+    cache.add("bad", 10, 1, digest("bad"), None, "broken")
+    cache.flush()
+    root = folder.parent.parent
+    before = stats(root)[0]
+    freed = prune(root)
+    after = stats(root)[0]
+
+    assert (before.entries, before.failures, before.parts) == (5, 1, 5)
+    assert (after.entries, after.failures, after.parts) == (4, 1, 1)
+    assert freed == before.bytes - after.bytes > 0
+    assert after.fingerprint == {"weights": "w"}
+    assert axes(VectorCache(folder, DIM), "a1", "a2", "a3", "bad") == [1, 2, 3, "broken"]
+    assert prune(root) == 0
+
+
+def test_a_reader_finds_everything_while_parts_are_merged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prune beside an open cache costs it no entry, and what it adds later still wins."""
+    cache = VectorCache(folder, DIM)
+    for name in ("a1", "a2", "a3"):
+        put(cache, name)
+        cache.flush()
+    reader = VectorCache(folder, DIM)
+    prune(folder.parent.parent)
+    put(cache, "a1", axis=0)
+    cache.flush()
+
+    assert len(parts(folder)) == 2
+    assert axes(reader, "a2", "a3", "x1") == [2, 3, None]
+    assert axes(cache, "a1", "a2") == [0, 2]
+    assert axes(VectorCache(folder, DIM), "a1") == [0]
+    assert caplog.records == []
+
+
+def test_prune_keeps_within_limits(folder: Path) -> None:
+    """Old parts, other fingerprints, changed files and too many bytes go, each when asked."""
+    root = folder.parent.parent
+    photos = root / "photos"
+    photos.mkdir()
+    (photos / "a1").write_bytes(b"ten bytes!")
+    os.utime(photos / "a1", ns=(1, 1))
+    with VectorCache(folder, DIM) as cache, VectorCache(folder.parent / "g", DIM) as other:
+        put(cache, "a1", "a2")
+        put(other, "b1")
+
+    prune(root, keep={"f"})
+    assert [s.folder for s in stats(root)] == ["f"]
+    prune(root, root=photos)
+    assert axes(VectorCache(folder, DIM), "a1", "a2") == [1, None]
+    prune(root, older_than_days=1, max_bytes=10**6)
+    assert stats(root)[0].entries == 1
+    prune(root, max_bytes=0)
+    assert stats(root)[0].parts == 0
+    put(cache, "a3")
+    cache.flush()
+    prune(root, older_than_days=0)
+    assert stats(root)[0].parts == 0
+
+
+def test_prune_removes_what_killed_writers_left(folder: Path) -> None:
+    """Old temporary files go, those of a running writer stay."""
+    with VectorCache(folder, DIM) as cache:
+        put(cache, "a1")
+    for name, age in (("old", 7_200), ("new", 0)):
+        file = folder / f".part-1-1-1.parquet.{name}.tmp"
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - age,) * 2)
+    prune(folder.parent.parent)
+
+    assert [file.name for file in folder.glob(".*")] == [".part-1-1-1.parquet.new.tmp"]
+
+
+def test_each_fingerprint_has_its_folder_and_says_what_made_it(tmp_path: Path) -> None:
+    """Vectors of another precision are not found; a part names its encoder."""
+    other = Fingerprint("w", "a", "t", "fp16", "full", True)
+    with VectorCache.of(tmp_path, FINGERPRINT, DIM) as cache:
+        put(cache, "a1")
+
+    assert axes(VectorCache.of(tmp_path, other, DIM), "a1") == [None]
+    assert axes(VectorCache.of(tmp_path, FINGERPRINT, DIM), "a1") == [1]
+    assert stats(tmp_path)[0].fingerprint == FINGERPRINT.as_dict()
+
+
+def test_a_folder_that_takes_no_files_is_one_line(tmp_path: Path) -> None:
+    """A cache that cannot be written is an error with the folder and a hint."""
+    (tmp_path / "vectors").write_text("a file where a folder should be")
+    cache = VectorCache(tmp_path / "vectors" / "f", DIM)
+    put(cache, "a1")
+
+    with pytest.raises(DataError, match="expected a cache folder that takes files"):
+        cache.flush()
+
+
+def test_no_cache_keeps_nothing() -> None:
+    """A benchmark's cache finds nothing, not even what was added."""
+    with NoCache(DIM) as cache:
+        put(cache, "a1")
+
+        assert axes(cache, "a1") == [None]
+
+
+def test_an_empty_question_has_an_empty_answer(folder: Path) -> None:
+    """No rows asked, none found, with and without entries."""
+    cache = VectorCache(folder, DIM)
+    assert len(cache.lookup_digests([])) == 0
+    put(cache, "a1")
+    cache.flush()
+
+    assert axes(cache) == []
+    assert len(cache.lookup_digests([])) == 0

@@ -1,0 +1,423 @@
+"""The model's identity, and vectors that are the same bits whatever is encoded beside them."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline import encoder as encoder_module
+from pipeline import model as model_module
+from pipeline.encoder import Encoder, load_encoder, weights_present
+from pipeline.errors import ModelError, SettingsError
+from pipeline.model import (
+    Fingerprint,
+    find_model,
+    fingerprint,
+    pretrained_tags,
+    resolve_device,
+    resolve_precision,
+)
+
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1}
+VISION = {
+    "vit": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    "conv": {
+        "image_size": 64,
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
+}
+DIM = 24
+
+
+def write_model(folder: Path, kind: str = "vit", **changes: Any) -> str:
+    """A small model with random weights from a fixed seed, as `local-dir:FOLDER`."""
+    folder.mkdir(parents=True)
+    model_cfg = {"embed_dim": DIM, "vision_cfg": VISION[kind], "text_cfg": TEXT}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, **changes}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP if kind == "conv" else open_clip.CLIP
+    weights = clip(DIM, dict(VISION[kind]), dict(TEXT)).state_dict()
+    save_file(
+        {k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors"
+    )
+    return f"local-dir:{folder}"
+
+
+def load(name: str, precision: str = "fp32", batch_size: int = 6) -> Encoder:
+    return load_encoder(find_model(name, ""), "cpu", precision, 2, batch_size)
+
+
+def photos(encoder: Encoder, rows: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, 3, *encoder.size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def conv(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "conv", "conv")
+
+
+# Identity
+
+
+def test_identity_imports_no_torch() -> None:
+    """Finding the default model and resolving the device load neither torch nor open_clip."""
+    code = (
+        "import sys\n"
+        "from pipeline.model import find_model, fingerprint, resolve_device\n"
+        "fingerprint(find_model('ViT-B-32', 'laion2b_s34b_b79k'), precision='fp32',"
+        " decode='full', apply_exif_orientation=True, transform_version=1)\n"
+        "resolve_device('auto')\n"
+        "print(*{'torch', 'open_clip', 'huggingface_hub', 'pyarrow'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == ""
+
+
+def test_tags_are_open_clips_own() -> None:
+    """The table read without an import is the one that the import gives."""
+    assert pretrained_tags() == open_clip.pretrained._PRETRAINED
+    assert all(c["hf_hub"] for tags in pretrained_tags().values() for c in tags.values())
+
+
+def test_default_model() -> None:
+    """The default model's identity is its name and tag, and open_clip's preprocessing."""
+    model = find_model("ViT-B-32", "laion2b_s34b_b79k")
+
+    assert model.weights == model.model_rev == "ViT-B-32/laion2b_s34b_b79k"
+    assert model.embed_dim == 512
+    assert model.preprocess == {
+        "size": [224, 224],
+        "mode": "RGB",
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    assert find_model("ViT-B/32", "laion2b-s34b-b79k").weights == model.weights
+
+
+def test_tags_bring_their_own_preprocessing() -> None:
+    """SigLIP squashes photos to its size, with its own mean."""
+    preprocess = find_model("ViT-B-16-SigLIP", "webli").preprocess
+
+    assert preprocess is not None
+    assert (preprocess["resize_mode"], preprocess["mean"]) == ("squash", [0.5, 0.5, 0.5])
+
+
+def test_a_folder_is_known_by_its_weights(vit: str, tmp_path: Path) -> None:
+    """A copied folder is the same model; its revision is its name and hash, never its path."""
+    model = find_model(vit, "ignored")
+    copy = find_model(write_model(tmp_path / "copy"), "")
+    made = fingerprint(
+        model, precision="fp32", decode="full", apply_exif_orientation=True, transform_version=1
+    )
+
+    assert (copy.weights, copy.architecture) == (model.weights, model.architecture)
+    assert model.model_rev == f"tiny/{model.weights[:12]}"
+    assert model.embed_dim == DIM
+    assert model.preprocess is not None
+    assert model.preprocess["size"] == [32, 32]
+    assert "/" not in json.dumps([made.as_dict(), made.folder])
+
+
+def test_a_weights_file_is_known_by_its_hash(vit: str) -> None:
+    """A file in place of a tag: its stem and hash, never its folder."""
+    file = Path(vit.removeprefix("local-dir:")) / "open_clip_model.safetensors"
+    model = find_model("ViT-B-32", str(file))
+
+    assert model.weights == find_model(vit, "").weights
+    assert model.model_rev == f"ViT-B-32/open_clip_model-{model.weights[:12]}"
+
+
+def test_hash_is_remembered_until_the_file_changes(vit: str, tmp_path: Path) -> None:
+    """The remembered hash is used for the same file, and its file holds no path."""
+    name = write_model(tmp_path / "m")
+    file = tmp_path / "m" / "open_clip_model.safetensors"
+    first = find_model(name, "", remember=tmp_path)
+    remembered = tmp_path / model_module.HASHES
+    remembered.write_text(remembered.read_text().replace(first.weights, "0" * 64))
+    again = find_model(name, "", remember=tmp_path)
+    os.utime(file, ns=(1, 1))
+    changed = find_model(name, "", remember=tmp_path)
+
+    assert again.weights == "0" * 64
+    assert changed.weights == first.weights == find_model(vit, "").weights
+    assert "/" not in remembered.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-23", "openai", "found 'ViT-B-23' (model_name); hint: did you mean ViT-B-32"),
+        ("ViT-B-32", "laion3b", "found 'laion3b' (pretrained); hint: one of openai, "),
+        ("ViT-B-32", "", "found '' (pretrained)"),
+        ("local-dir:/no/such", "", "expected a model folder, found none (/no/such)"),
+        ("hf-hub:", "", "expected hf-hub:OWNER/REPOSITORY"),
+    ],
+)
+def test_unknown_models_are_one_line(name: str, pretrained: str, message: str) -> None:
+    """A wrong name or tag is named, with what would be right."""
+    with pytest.raises(ModelError) as error:
+        find_model(name, pretrained)
+
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("open_clip_config.json", None, "expected a model configuration, found no such file"),
+        ("open_clip_config.json", "{", "expected readable JSON"),
+        ("open_clip_config.json", "{}", "expected model_cfg, found no such key"),
+        ("open_clip_config.json", '{"model_cfg": {}}', "expected embed_dim"),
+        ("open_clip_model.safetensors", None, "expected a weights file, found none"),
+    ],
+)
+def test_incomplete_folders_are_one_line(
+    tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    """A folder without its configuration or weights says which is missing."""
+    name = write_model(tmp_path / "m")
+    (tmp_path / "m" / file).unlink()
+    if content is not None:
+        (tmp_path / "m" / file).write_text(content)
+
+    with pytest.raises(ModelError, match=message):
+        find_model(name, "")
+
+
+def test_every_setting_that_changes_vectors_has_its_own_folder(vit: str, tmp_path: Path) -> None:
+    """One cache folder per precision, decoding, orientation, transform, preprocessing."""
+    model = find_model(vit, "")
+    base = {
+        "precision": "fp32",
+        "decode": "full",
+        "apply_exif_orientation": True,
+        "transform_version": 1,
+    }
+    other = find_model(write_model(tmp_path / "m", std=[0.5] * 3), "")
+    made = [
+        fingerprint(model, **base),
+        fingerprint(model, **{**base, "precision": "fp16"}),
+        fingerprint(model, **{**base, "decode": "scaled"}),
+        fingerprint(model, **{**base, "apply_exif_orientation": False}),
+        fingerprint(model, **{**base, "transform_version": 2}),
+        fingerprint(other, **base),
+    ]
+
+    assert len({each.folder for each in made}) == len(made)
+    assert [made[0].same_model(each.as_dict()) for each in made] == [True] * 4 + [False] * 2
+    assert made[0].differences(made[1].as_dict()) == ["precision: fp16, here fp32"]
+    assert Fingerprint(**made[0].as_dict()) == made[0]
+
+
+def test_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto takes a GPU and fp16 where there is one; what is not there is refused."""
+    monkeypatch.setattr(model_module, "_cuda_devices", lambda: 2)
+    assert [resolve_device(d) for d in ("auto", "cpu", "cuda", "cuda:1")] == [
+        "cuda", "cpu", "cuda", "cuda:1",
+    ]  # fmt: skip
+    assert [resolve_precision("auto", d) for d in ("cpu", "cuda:1")] == ["fp32", "fp16"]
+    with pytest.raises(SettingsError, match="expected device cuda:2, found 2 CUDA devices"):
+        resolve_device("cuda:2")
+    with pytest.raises(SettingsError, match="hint: fp32 or bf16"):
+        resolve_precision("fp16", "cpu")
+    monkeypatch.setattr(model_module, "_cuda_devices", lambda: 0)
+
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(SettingsError, match="no CUDA device"):
+        resolve_device("cuda")
+
+
+def test_cuda_is_seen_as_torch_sees_it() -> None:
+    """The driver asked directly counts the devices that torch counts."""
+    assert model_module._cuda_devices() == torch.cuda.device_count()
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_a_vector_does_not_depend_on_its_batch(kind: str, request: pytest.FixtureRequest) -> None:
+    """Alone, among others, in any place, and whatever fills the batch up: the same bits."""
+    encoder = load(request.getfixturevalue(kind))
+    batch = photos(encoder, 11)
+    vectors = encoder.encode(batch)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+
+    assert encoder.encode(batch[order]).tobytes() == vectors[order.numpy()].tobytes()
+    for row in (0, 7):
+        assert encoder.encode(batch[row : row + 1]).tobytes() == vectors[row].tobytes()
+    filled = torch.cat([batch[:2], photos(encoder, encoder.batch_rows - 2, seed=5)])
+    assert encoder.encode(filled, 2).tobytes() == vectors[:2].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_vectors_are_open_clips(kind: str, request: pytest.FixtureRequest) -> None:
+    """Unit vectors in float32, equal to those of open_clip's own model and normalisation."""
+    name = request.getfixturevalue(kind)
+    encoder = load(name)
+    batch = photos(encoder, 5)
+    clip = open_clip.create_model(name).eval()
+    mean, std = (torch.tensor(encoder.preprocess[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        expected = clip.encode_image((batch / 255 - mean) / std, normalize=True).numpy()
+    vectors = encoder.encode(batch)
+
+    assert (vectors.dtype, vectors.shape) == (np.float32, (5, DIM))
+    assert encoder.dim == DIM
+    np.testing.assert_allclose(vectors, expected, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_bf16_is_close(vit: str) -> None:
+    """bf16 on the CPU points the same way, within its eight bits."""
+    exact, rounded = load(vit), load(vit, "bf16")
+    batch = photos(exact, 4)
+
+    cosines = (exact.encode(batch) * rounded.encode(batch)).sum(1)
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_vector_without_direction_is_a_row_of_nan(bad: float) -> None:
+    """Zero, NaN and infinity are reported in their row; the other rows are untouched."""
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            dark = pixels[:, 0, 0, :1] == 0
+            return torch.where(dark, bad, torch.tensor([[3.0, 4.0]]))
+
+    preprocess = {"size": [2, 2], "mean": [0.0] * 3, "std": [1.0] * 3}
+    encoder = Encoder(Tower(), preprocess, "cpu", "fp32", 4)
+    batch = torch.full((3, 3, 2, 2), 255, dtype=torch.uint8)
+    batch[1] = 0
+    vectors = encoder.encode(batch)
+
+    assert np.isnan(vectors[1]).all()
+    np.testing.assert_allclose(vectors[[0, 2]], [[0.6, 0.8]] * 2, rtol=1e-6)
+
+
+def test_submitted_batches_keep_their_own_pixels(vit: str) -> None:
+    """Two batches in flight, the callers' buffer used again: each result is its own."""
+    encoder = load(vit)
+    buffer = photos(encoder, 6)
+    one, two = photos(encoder, 6, seed=1), photos(encoder, 3, seed=2)
+    handles = []
+    for batch in (one, two):
+        buffer[: len(batch)] = batch
+        handles.append(encoder.submit(buffer, len(batch)))
+    buffer.zero_()
+
+    for handle, batch in zip(handles, (one, two), strict=True):
+        assert encoder.result(handle).tobytes() == encoder.encode(batch).tobytes()
+    with pytest.raises(ValueError, match="rows is 7"):
+        encoder.submit(photos(encoder, 7), 7)
+    assert encoder.encode(buffer, 0).shape == (0, DIM)
+
+
+def test_small_batches_stay_small(vit: str, conv: str) -> None:
+    """The forward pass is no larger than asked for, and on a CPU no larger than pays."""
+    assert [load(vit, batch_size=n).batch_rows for n in (2, 96)] == [2, 16]
+    assert load(conv, batch_size=96).batch_rows == 4
+
+
+def test_loading_says_one_line(
+    vit: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device, precision and weights on the log, nothing of open_clip's, no handler left behind."""
+    caplog.set_level(logging.INFO, "pipeline")
+    handlers = list(logging.getLogger().handlers)
+    model = find_model(vit, "")
+    load(vit)
+
+    ours = [r.getMessage() for r in caplog.records if r.name == "pipeline"]
+    assert ours == [
+        f"encoder {model.model_rev} on cpu (2 threads), fp32, weights {model.weights[:48]}"
+    ]
+    assert logging.getLogger().handlers == handlers
+
+
+# Weights
+
+
+def test_weights_of_another_architecture_are_one_line(vit: str) -> None:
+    """Weights that do not fit are refused with a hint, not with torch's page of keys."""
+    file = Path(vit.removeprefix("local-dir:")) / "open_clip_model.safetensors"
+
+    with pytest.raises(ModelError, match="expected weights that fit the architecture") as error:
+        load_encoder(find_model("ViT-S-32-alt", str(file)), "cpu", "fp32", 2)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_wrong_dimension_in_the_configuration_is_refused(vit: str) -> None:
+    """The database was checked against embed_dim, so the model must have it."""
+    model = find_model(vit, "")
+    lying = type(model)(**{**vars(model), "embed_dim": 512})
+
+    with pytest.raises(ModelError, match=f"expected embed_dim 512, found {DIM}"):
+        load_encoder(lying, "cpu", "fp32", 2)
+
+
+def test_missing_weights_are_known_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the weights and with a hub that takes calls but never answers: seconds, one line."""
+    model = find_model("ViT-B-32", "laion2b_s34b_b79k")
+    monkeypatch.setattr(encoder_module, "_in_cache", lambda *_: None)
+    monkeypatch.setattr(encoder_module, "PROBE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(encoder_module.hub_constants, "ENDPOINT", url)
+        start = time.monotonic()
+        with pytest.raises(ModelError, match=f"no answer from {url}.*local-dir:FOLDER"):
+            weights_present(model)
+        with pytest.raises(ModelError, match="no answer"):
+            load_encoder(model, "cpu", "fp32", 2)
+
+    assert time.monotonic() - start < 4
+    monkeypatch.setattr(encoder_module.hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        weights_present(model)
+
+
+def test_cached_weights_need_no_hub(
+    vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files in the hub's local cache are loaded without a call, config and all."""
+    folder = Path(vit.removeprefix("local-dir:"))
+    monkeypatch.setattr(encoder_module, "_in_cache", lambda _, name: _existing(folder / name))
+    monkeypatch.setattr(encoder_module, "_answers", lambda _: pytest.fail("asked the hub"))
+    model = find_model("hf-hub:someone/tiny", "")
+    weights_present(model)
+    encoder = load_encoder(model, "cpu", "fp32", 2, 6)
+    batch = photos(encoder, 2)
+
+    assert (model.weights, model.embed_dim, encoder.dim) == ("hf-hub:someone/tiny", None, DIM)
+    assert encoder.encode(batch).tobytes() == load(vit).encode(batch).tobytes()
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
