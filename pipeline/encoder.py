@@ -219,7 +219,7 @@ def _created(model: Model, name: str, checkpoint: Path | None, precision: str) -
         # open_clip and torch raise all kinds, for what is always one of two mistakes
         raise ModelError(
             f"weights that fit the architecture of {model.model_rev}",
-            f"{type(error).__name__}: {_first_line(error)}",
+            f"{type(error).__name__}: {_short(error)}",
             "",
             "model_name and pretrained must belong together, and the file be whole",
         ) from error
@@ -280,7 +280,7 @@ def _fetched(model: Model) -> list[Path]:
             ]
     except Exception as error:  # the hub's client has a dozen kinds, none of which is our doing
         raise ModelError(
-            f"the weights {model.hub}", _first_line(error), hub_constants.ENDPOINT, NO_HUB_HINT
+            f"the weights {model.hub}", _short(error), hub_constants.ENDPOINT, NO_HUB_HINT
         ) from error
 
 
@@ -364,5 +364,5 @@ def _device_name(device: str, threads: int) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or "no message"

@@ -139,7 +139,7 @@ class Workspace:
 
     def command(self, *words: str, config: Mapping[str, Any] | None = None) -> list[str]:
         """The words of a snakemake command in this folder."""
-        settings = {"model_name": f"local-dir:{self.encoder}", "shards": 2, **self.config}
+        settings = {"model_name": f"local-dir:{self.encoder}", "shards": 1, **self.config}
         settings |= config or {}
         return [
             sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"),

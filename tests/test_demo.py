@@ -117,7 +117,7 @@ def test_encoder_is_made_once(tmp_path: Path) -> None:
 def test_random_encoder_tells_images_apart(tmp_path: Path, dim: int) -> None:
     """The tiny untrained model has the wanted dimension, and its seed decides its vectors."""
     images = torch.from_numpy(np.random.RandomState(0).rand(2, 3, 32, 32).astype(np.float32))
-    vectors = []
+    vectors: list[torch.Tensor] = []
     for seed in (0, 0, 1):
         folder = encoder.random_encoder(tmp_path / str(len(vectors)), embed_dim=dim, seed=seed)
         model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -163,6 +163,17 @@ def test_postgres_ignores_a_pid_file_with_somebody_elses_number(tmp_path: Path) 
     assert not postgres.stop(folder)
     with postgres.embedded_postgres(folder) as dsn:
         assert _rows(dsn, "select 1") == [(1,)]
+
+
+def test_postgres_survives_a_killed_initdb(tmp_path: Path) -> None:
+    """Half a data folder is thrown away, not started."""
+    half = tmp_path / ".p.new"
+    half.mkdir()
+    (half / "PG_VERSION").write_text("18\n")
+
+    with postgres.embedded_postgres(tmp_path / "p") as dsn:
+        assert _rows(dsn, "select 1") == [(1,)]
+    assert not half.exists()
 
 
 def test_postgres_leaves_a_folder_with_other_files_alone(tmp_path: Path) -> None:

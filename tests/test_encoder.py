@@ -49,8 +49,7 @@ def write_model(folder: Path, kind: str = "vit", **changes: Any) -> str:
     config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, **changes}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    clip = open_clip.CustomTextCLIP if kind == "conv" else open_clip.CLIP
-    weights = clip(DIM, dict(VISION[kind]), dict(TEXT)).state_dict()
+    weights = open_clip.CLIP(DIM, dict(VISION[kind]), dict(TEXT)).state_dict()
     save_file(
         {k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pipeline.errors import ModelError
 from pipeline.parquet import replacing
@@ -104,7 +104,7 @@ def _make_once(folder: Path, config: Config, state: Callable[[], State]) -> Path
     if weights_file.exists() and config_file.exists() and config_file.read_text() == text:
         return folder
     with replacing(weights_file) as temporary:
-        save_file(state(), temporary)
+        temporary.write_bytes(save(state()))  # save_file would make it the owner's alone
     with replacing(config_file) as temporary:  # last: it vouches for the weights
         temporary.write_text(text)
     return folder

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import pwd
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -59,9 +60,9 @@ def embedded_postgres(folder: Path, *, durable: bool = False) -> Iterator[str]:
 def start(folder: Path, *, durable: bool = True) -> None:
     """Start the server in `folder`, made on first use; no work if it runs already."""
     folder = folder.resolve()
-    _prepare(folder)
     if not (folder / "PG_VERSION").exists():
         _initialise(folder)
+    _let_in(folder)
     options = [f"-p {PORT}", "-k .", "-c listen_addresses=", "-c timezone=UTC"]
     if not durable:
         options += ["-c fsync=off", "-c full_page_writes=off"]
@@ -122,18 +123,45 @@ def create_database(folder: Path, name: str) -> str:
     return dsn(folder, name)
 
 
-def _prepare(folder: Path) -> None:
-    """The empty folder, owned by whoever the server runs as and closed to everyone else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / "PG_VERSION").exists():
+def _initialise(folder: Path) -> None:
+    """Make the data folder under another name first, so that a killed initdb leaves no half."""
+    if folder.exists() and any(folder.iterdir()):
         raise DatabaseError(
             "an empty folder or a Postgres data folder", "other files", str(folder), "move them"
         )
-    folder.chmod(0o700)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True, mode=0o700)
+    _let_in(new)
+    made = _run(
+        new,
+        [
+            str(binary("initdb")), "--pgdata=.", "--username=postgres", "--auth=trust",
+            "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions",
+        ],
+    )  # fmt: skip
+    if made.returncode != 0:
+        raise DatabaseError("initdb to succeed", made.stdout[-500:], str(new))
+    new.rename(folder)
+
+
+def _let_in(folder: Path) -> None:
+    """As root, make a fresh folder the unprivileged account's, and everything reachable for it."""
+    owner = folder.stat().st_uid
     if os.geteuid() != 0:
+        if owner != os.geteuid():
+            raise DatabaseError(
+                "a data folder of this user's own", f"one of user {owner}", str(folder), "remove it"
+            )
         return
     account = pwd.getpwnam(UNPRIVILEGED)
-    os.chown(folder, account.pw_uid, account.pw_gid)
+    if not (folder / "PG_VERSION").exists():
+        os.chown(folder, account.pw_uid, account.pw_gid)
+    elif owner != account.pw_uid:
+        raise DatabaseError(
+            f"a data folder of {UNPRIVILEGED}", f"one of user {owner}", str(folder),
+            "run as that user",
+        )  # fmt: skip
     for path in (folder, binary("postgres")):
         _open_the_way(path)
 
@@ -145,18 +173,6 @@ def _open_the_way(path: Path) -> None:
         if not mode & stat.S_IXOTH:
             print(f"chmod o+x {parent} (run as root, Postgres is another user)", flush=True)
             parent.chmod(mode | stat.S_IXOTH)
-
-
-def _initialise(folder: Path) -> None:
-    made = _run(
-        folder,
-        [
-            str(binary("initdb")), "--pgdata=.", "--username=postgres", "--auth=trust",
-            "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions",
-        ],
-    )  # fmt: skip
-    if made.returncode != 0:
-        raise DatabaseError("initdb to succeed", made.stdout[-500:], str(folder))
 
 
 def _answers(folder: Path) -> bool:
