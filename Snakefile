@@ -9,14 +9,12 @@ import sys
 
 from snakemake.utils import min_version
 
-# The rules run `python -m pipeline.<rule>` of this checkout, with the Python that runs Snakemake.
 sys.path.insert(0, workflow.basedir)
-os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-os.environ["PYTHONPATH"] = workflow.basedir
 
-from pipeline.workflow import Workflow, code, lock_folder
+from pipeline.workflow import Workflow, code, lock_folder, run_this_checkout
 
 min_version("9.11")
+run_this_checkout()
 
 
 if os.path.exists("config.yaml"):
@@ -122,7 +120,7 @@ rule encode:
         "logs/encode/{scatteritem}.log",
     conda:
         "environment.yml"
-    threads: workflow.cores or 8
+    threads: 16
     resources:
         gpu=1,
         batch_size=settings.batch_size,
@@ -204,7 +202,7 @@ rule benchmark:
         "logs/benchmark.log",
     conda:
         "environment.yml"
-    threads: workflow.cores or 8
+    threads: 16
     resources:
         gpu=1,
         batch_size=settings.batch_size,

@@ -5,11 +5,10 @@ The stages are commands too: python -m pipeline.export, .select, .encode, .aggre
 """
 
 import argparse
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import command, database, preflight, run, settings, summary, target
+from pipeline import cache, command, database, preflight, run, settings, summary, target
 from pipeline.errors import SettingsError
 from pipeline.settings import Environment, Settings
 
@@ -22,7 +21,7 @@ def main() -> None:
     _add(commands, "check", _add_config, check)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "summary", lambda parser: None, lambda args: summary.main())
-    _add(commands, "cache", _add_cache, cache)
+    _add(commands, "cache", _add_cache, show_or_prune_cache)
     args = parser.parse_args()
     args.action(args)
 
@@ -36,7 +35,12 @@ _HELP = {
 }
 
 
-def _add(commands, name, add_flags, action) -> None:  # type: ignore[no-untyped-def]
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    action: Callable[[argparse.Namespace], None],
+) -> None:
     parser = commands.add_parser(
         name,
         help=_HELP[name],
@@ -74,24 +78,40 @@ def create_table(args: argparse.Namespace) -> None:
     dimension = args.dimension or preflight.model_of(settings.read_config(args.config)).embed_dim
     if not dimension:
         raise SettingsError("a vector dimension", "a model that does not say", "", "--dimension N")
-    with database.connect() as connection:
-        with connection.cursor() as cursor:
-            target.create(cursor, environment, dimension, inputs=args.all)
-        with database.translated_errors():
-            connection.commit()
+    target.create_tables(environment, dimension, inputs=args.all)
     print(f"{database.quoted(environment.vectors)} is there, vec vector({dimension})")
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["show", "prune"])
+    parser.add_argument("what", choices=["show", "prune"], help="prune merges small files too")
     parser.add_argument("--cache-dir", default=Settings().cache_dir, help="folder of the cache")
     parser.add_argument("--max-mb", type=float, help="prune: oldest entries beyond this size")
-    parser.add_argument("--older-than-days", type=float, help="prune: entries older than this")
+    parser.add_argument("--older-than-days", type=float, help="prune: files written before that")
+    parser.add_argument(
+        "--image-root", type=Path, help="prune: entries whose file below this folder has changed"
+    )
 
 
-def cache(args: argparse.Namespace) -> None:
+def show_or_prune_cache(args: argparse.Namespace) -> None:
     """Show or prune the vector cache."""
-    raise SystemExit("not here yet")
+    folder = Path(args.cache_dir)
+    if args.what == "prune":
+        freed = cache.prune(
+            folder,
+            max_bytes=None if args.max_mb is None else int(args.max_mb * 1e6),
+            older_than_days=args.older_than_days,
+            root=args.image_root,
+        )
+        print(f"{freed / 1e6:.1f} MB freed")
+    for encoder in cache.stats(folder):
+        made_by = encoder.fingerprint
+        print(
+            f"{folder / cache.VECTORS / encoder.folder}: {encoder.entries} images"
+            f" ({encoder.failures} broken), {encoder.bytes / 1e6:.1f} MB in {encoder.parts} files;"
+            f" weights {str(made_by.get('weights', '?'))[:24]}, {made_by.get('precision')},"
+            f" {made_by.get('decode')}"
+        )
+    print(summary.hit_rate(summary.RESULTS))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ CANDIDATES_SQL = """
     SELECT generation, listing_id, edited_date,
            md5(string_agg(concat_ws('|', image_index, storage_path, score,
                is_stock_photo::int, battery_screenshot::int), chr(10)
-               ORDER BY image_index, storage_path))
+               ORDER BY image_index, storage_path)) AS candidates
     FROM read_parquet($images)
     WHERE listing_id IN (SELECT unnest($listing_ids))
     GROUP BY ALL"""
@@ -104,6 +104,7 @@ def aggregate(args: argparse.Namespace, chosen: settings.Settings) -> Report:
     report = Report()
     # One thread: sums in one order, so that the same input gives the same bytes.
     with duckdb.connect(config={"memory_limit": f"{chosen.memory_mb}MB", "threads": 1}) as con:
+        con.execute("SET TimeZone = 'UTC'")  # else dates come back in this machine's zone
         with parquet.writer(args.output, schema, {**made_by, "aggregate": identity}) as writer:
             for path in args.encoded:
                 for encoded in parquet.clustered_batches(path, BATCH_ROWS):
@@ -181,14 +182,16 @@ def _add_candidates(
     if not without:
         return
     ids = [listing["listing_id"] for listing in without]
-    rows = con.execute(
-        CANDIDATES_SQL, {"images": str(images), "listing_ids": ids}
-    ).fetchall()
-    hashes = {(generation, listing, edited): md5 for generation, listing, edited, md5 in rows}
+    # By way of Arrow: DuckDB's own rows need pytz for a time with a zone.
+    rows = con.sql(CANDIDATES_SQL, params={"images": str(images), "listing_ids": ids})
+    hashes = {_key(row): row["candidates"] for row in rows.to_arrow_table().to_pylist()}
     for listing in without:
-        key = (listing["generation"], listing["listing_id"], listing["edited_date"])
-        listing["candidates"] = hashes[key]
+        listing["candidates"] = hashes[_key(listing)]
         listing["edited_date"] = listing["edited_date"].isoformat()
+
+
+def _key(listing: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(listing[name] for name in LISTING.split(", "))
 
 
 if __name__ == "__main__":

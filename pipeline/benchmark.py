@@ -128,7 +128,9 @@ def hardware(job: EncodeJob) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(job.device) if job.device != "cpu" else None
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": job.threads,
         "gpu": gpu,
         "torch": version("torch"),

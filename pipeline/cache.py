@@ -528,10 +528,12 @@ def _runs(lengths: list[int]) -> Iterator[list[int]]:
 
 def _write_merged(folder: Path, paths: list[Path], rows: list[Ints]) -> None:
     name = f"part-{_written(paths[-1].name)}-{os.getpid()}-{next(_numbers)}.parquet"
-    columns = pq.read_schema(paths[0]).remove_metadata()
+    table = pa.concat_tables(
+        pq.read_table(path).take(kept) for path, kept in zip(paths, rows, strict=True)
+    )
+    columns = table.schema.remove_metadata()
     with writer(folder / name, columns, metadata(paths[0])) as parquet:
-        for path, kept in zip(paths, rows, strict=True):
-            parquet.write_table(pq.read_table(path).take(kept), row_group_size=ROW_GROUP)
+        parquet.write_table(table, row_group_size=ROW_GROUP)
 
 
 def _shrink(cache_dir: Path, max_bytes: int) -> None:
@@ -607,7 +609,7 @@ def _part_names(folder: Path) -> list[str]:
     """The names of the parts in a folder, oldest first."""
     try:
         names = [name for name in os.listdir(folder) if PART.fullmatch(name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # flush() says so if it is the latter
         return []
     return sorted(names, key=lambda name: (_written(name), name))
 

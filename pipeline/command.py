@@ -40,15 +40,15 @@ def _exit_now(code: int, message: str) -> None:
     os._exit(code)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """A description as it was written, and the default behind each flag."""
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """An argument parser whose help is the module's docstring and shows the defaults."""
     return argparse.ArgumentParser(
         description=doc,
-        formatter_class=type(
-            "Help",
-            (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter),
-            {},
-        ),
+        formatter_class=_Help,
         allow_abbrev=False,
     )
 

@@ -181,7 +181,9 @@ class Photo:
     vec: np.ndarray | None = None
     error: str | None = None
     how: str = ""  # encoded, or which lookup saved the encode
-    twins: "list[Photo]" = field(default_factory=list)  # same bytes, met while this one is under way
+    twins: "list[Photo]" = field(
+        default_factory=list
+    )  # same bytes, met while this one is under way
 
     @property
     def done(self) -> bool:
@@ -209,7 +211,9 @@ class Stats:
         return {
             "images": self.images,
             "encoded": self.how["encoded"],
-            "saved": {k: self.how[k] for k in ("same file", "same bytes", "same bytes in this run")},
+            "saved": {
+                k: self.how[k] for k in ("same file", "same bytes", "same bytes in this run")
+            },
             "failed": dict(sorted(self.failed.items())),
             "seconds": round(self.seconds, 3),
         }
@@ -226,7 +230,9 @@ def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> S
     made_by = parquet.metadata(selected)
     made_by["encoder"] = job.fingerprint.as_dict()
     force = made_by.get("export", {}).get("force", False)
-    cache = VectorCache.of(Path(chosen.cache_dir), job.fingerprint, job.model.embed_dim, read=not force)
+    cache = VectorCache.of(
+        Path(chosen.cache_dir), job.fingerprint, job.model.embed_dim, read=not force
+    )
     start = time.monotonic()
     rows = parquet.rows([selected])
     with cache, Line(job, cache) as line:
@@ -258,9 +264,7 @@ def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line")
     return stats
 
 
-def _counted(
-    photos: Iterable[Photo], stats: Stats, progress: command.Progress
-) -> Iterator[Photo]:
+def _counted(photos: Iterable[Photo], stats: Stats, progress: command.Progress) -> Iterator[Photo]:
     for photo in photos:
         stats.add(photo)
         progress.update(stats.images)
@@ -430,9 +434,7 @@ class Line(AbstractContextManager["Line"]):
             for twin in photo.twins:
                 self._settle(twin, vec, error, "same bytes in this run")
 
-    def _settle(
-        self, photo: Photo, vec: np.ndarray | None, error: str | None, how: str
-    ) -> None:
+    def _settle(self, photo: Photo, vec: np.ndarray | None, error: str | None, how: str) -> None:
         photo.how = how
         if photo.digest and photo.stat and (vec is not None or _is_the_files(error)):
             self.cache.add(

@@ -49,7 +49,9 @@ def changed_files(report: Path, chosen: Settings, image_root: Path) -> str:
     return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:12] if changed else ""
 
 
-def remember(report: Path, tried: set[tuple[int, int, str]], chosen: Settings, identity: dict[str, str]) -> int:
+def remember(
+    report: Path, tried: set[tuple[int, int, str]], chosen: Settings, identity: dict[str, str]
+) -> int:
     """Replace what is remembered of the listings tried in this run; returns how many wait now.
 
     `tried` holds the (generation, listing_id, ISO edited_date) of every exported listing.
@@ -58,10 +60,13 @@ def remember(report: Path, tried: set[tuple[int, int, str]], chosen: Settings, i
     path = Path(chosen.cache_dir) / LEDGER
     with _locked(path):
         ledger = _read(path.parent)
-        kept = [
+        newest: dict[tuple[int, int], str] = {}
+        for generation, listing_id, edited in sorted(tried):
+            newest[generation, listing_id] = edited
+        kept = [  # what was tried is replaced, and so are its earlier edits
             listing
             for listing in ledger.get(_identity_key(identity), [])
-            if tuple(listing[name] for name in _KEY) not in tried
+            if listing["edited_date"] > newest.get((listing["generation"], listing["listing_id"]), "")
         ]
         waits = kept + [{**listing, "policy": _policy(chosen)} for listing in failed]
         ledger[_identity_key(identity)] = waits

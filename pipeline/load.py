@@ -47,9 +47,7 @@ _MERGE_SQL = f"""
         RETURNING (xmax = 0) AS inserted)
     SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM merged"""
 
-_ONLY_DIFFERING = (
-    "WHERE (t.vec, t.n_images) IS DISTINCT FROM (excluded.vec, excluded.n_images)"
-)
+_ONLY_DIFFERING = "WHERE (t.vec, t.n_images) IS DISTINCT FROM (excluded.vec, excluded.n_images)"
 
 
 def main() -> None:

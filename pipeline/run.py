@@ -85,7 +85,7 @@ def snakemake_command(args: argparse.Namespace) -> list[str]:
         words += ["--config", *(f"{name}={value}" for name, value in given.items())]
     if args.force:
         words += ["--forcerun", "export"]
-    return words + args.snakemake
+    return [*words, *args.snakemake]
 
 
 def target_of(args: argparse.Namespace) -> str:

@@ -92,7 +92,7 @@ def select(args: argparse.Namespace, chosen: settings.Settings) -> int:
                 frame, chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots
             )
             shards.write(selected)
-            listings += selected["rank"].eq(1).sum()
+            listings += int(selected["rank"].eq(1).sum())
             images += selected.height
         shards.flush()
         _check_listings(listings, args.listings)
@@ -112,9 +112,11 @@ class ShardWriter:
     def write(self, selected: pl.DataFrame) -> None:
         """Add rows, each to the shard of its listing."""
         shard = shard_of(pl.col("listing_id"), len(self.writers)).alias("shard")
-        for (number,), rows in selected.with_columns(shard).partition_by(
-            "shard", as_dict=True, include_key=False
-        ).items():
+        for (number,), rows in (
+            selected.with_columns(shard)
+            .partition_by("shard", as_dict=True, include_key=False)
+            .items()
+        ):
             self.buffers[int(number)].append(rows)
         self.buffered += selected.height
         if self.buffered >= BUFFERED_ROWS:

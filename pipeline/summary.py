@@ -27,7 +27,7 @@ def lines(results: Path) -> Iterator[tuple[str, str]]:
     yield "export", f"{listings} listings, {images} images -> {export}"
     shards = sorted((results / "select").glob("*.parquet"))
     yield "select", f"{parquet.rows(shards)} images in {len(shards)} shards -> {results / 'select'}"
-    stats = [json.loads(path.read_text()) for path in (results / "encode").glob("*.json")]
+    stats = _encode_stats(results)
     if stats:
         yield "encode", f"{encoded(stats)} -> {results / 'encode'}"
     vectors = results / "aggregate" / "listing_vectors.parquet"
@@ -39,6 +39,20 @@ def lines(results: Path) -> Iterator[tuple[str, str]]:
     receipt = results / "load" / "receipt.json"
     if receipt.exists() and receipt.stat().st_mtime_ns >= vectors.stat().st_mtime_ns:
         yield "load", loaded(json.loads(receipt.read_text()))
+
+
+def _encode_stats(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((results / "encode").glob("*.json"))]
+
+
+def hit_rate(results: Path) -> str:
+    """How many of the last run's images needed no encode."""
+    stats = _encode_stats(results)
+    images = sum(shard["images"] for shard in stats)
+    if not images:
+        return "no run in this folder yet, so no hit rate"
+    saved = sum(sum(shard["saved"].values()) for shard in stats)
+    return f"last run: {saved} of {images} images were not encoded again ({saved / images:.0%})"
 
 
 def encoded(stats: list[dict[str, Any]]) -> str:

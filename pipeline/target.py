@@ -33,6 +33,15 @@ class Identity:
     pca_rev: str
 
 
+def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> None:
+    """Create in the database of PG_DSN what is missing; what is there stays as it is."""
+    with database.connect() as connection:
+        with connection.cursor() as cursor:
+            create(cursor, environment, dimension, inputs=inputs)
+        with database.translated_errors():
+            connection.commit()
+
+
 def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
     """Create the target and its registry, and with `inputs` the three input tables for a trial."""
     with database.translated_errors():

@@ -81,7 +81,7 @@ class Workflow:
     @functools.cached_property
     def _export(self) -> dict[str, Any] | None:
         """The params of the export that is needed now; None if nothing ever was pending."""
-        recorded = parquet.metadata(LISTINGS)["export"] if LISTINGS.exists() else None
+        recorded = dict(parquet.metadata(LISTINGS)["export"]) if LISTINGS.exists() else None
         try:
             state = self._source_state(recorded)
         except DatabaseUnreachable as error:
@@ -142,7 +142,9 @@ class Workflow:
         }
         params = self._export or nothing
         state = json.dumps(params["state"], sort_keys=True)
-        return flags({**{k: params[k] for k in nothing}, "state": state}) + f" {self._flags(*LIMITS)}"
+        return (
+            flags({**{k: params[k] for k in nothing}, "state": state}) + f" {self._flags(*LIMITS)}"
+        )
 
     def select(self, wildcards: object) -> str:
         """Flags of select."""
@@ -216,6 +218,12 @@ def _last_load(recorded: dict[str, Any] | None) -> str:
 
 def _digest(values: list[object]) -> str:
     return hashlib.sha256(json.dumps([str(v) for v in values]).encode()).hexdigest()[:16]
+
+
+def run_this_checkout() -> None:
+    """Let the rules' `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake."""
+    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
 
 
 def lock_folder() -> None:

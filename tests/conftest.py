@@ -107,7 +107,9 @@ class Run:
 
     def __post_init__(self) -> None:
         started = re.findall(r"^(?:local)?rule (\w+):$", self.output, re.M)
-        self.rules = sorted({rule for rule in started if rule not in ("all", "selected", "vectors")})
+        self.rules = sorted(
+            {rule for rule in started if rule not in ("all", "selected", "vectors")}
+        )
 
 
 @dataclass
@@ -204,7 +206,12 @@ def environment(empty_database: Database) -> dict[str, str]:
     """The environment of a run, with nothing of the caller's settings in it."""
     names = ("PG", "IMAGE_", "LISTINGS_", "ASSETS_", "ML_SCHEMA", "VECTORS_", "SNAKEMAKE")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
-    return {**kept, "PG_DSN": empty_database.dsn, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    return {
+        **kept,
+        "PG_DSN": empty_database.dsn,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
 
 
 @pytest.fixture

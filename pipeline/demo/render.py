@@ -850,7 +850,8 @@ def write_all(jobs: Sequence[Job], workers: int) -> None:
     # Spawned, not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(1, len(jobs))), mp_context=context) as pool:
-        for done, _ in enumerate(pool.map(write, jobs, chunksize=16), start=1):
+        chunk = max(1, min(16, len(jobs) // (16 * workers)))
+        for done, _ in enumerate(pool.map(write, jobs, chunksize=chunk), start=1):
             progress.update(done)
 
 

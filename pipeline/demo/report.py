@@ -43,9 +43,12 @@ union all select '  images in their means', coalesce(sum(n_images), 0) from curr
 
 _NEAREST = f"""
 with {_CURRENT},
+titles as (
+    select distinct on (title) * from current_vectors order by title, listing_id
+),
 probes as (
     select distinct on (part) * from (
-        select *, ntile({PROBES}) over (order by listing_id) as part from current_vectors
+        select *, ntile({PROBES}) over (order by listing_id) as part from titles
     ) parts
     order by part, listing_id
 )

@@ -1,0 +1,48 @@
+# make setup · make demo · make test     (python3 >= 3.11 and make are all they need)
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PHOTOS ?=
+
+.PHONY: setup demo demo-stop test lint benchmarks rulegraph lock clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: expected python3 >= 3.11, found " + sys.version.split()[0] + "; hint: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m pipeline.demo $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+demo-stop: setup
+	$(BIN)/python -m pipeline.demo stop
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --check Snakefile
+	$(BIN)/mypy
+	PG_DSN=none $(BIN)/snakemake --lint
+
+benchmarks: setup
+	$(BIN)/python -m benchmarks
+
+# The picture of the rules in the README.
+rulegraph: setup
+	$(BIN)/python -m pipeline.demo.rulegraph README.md
+
+# New versions within the ranges of pyproject.toml.
+lock: setup
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+		--extra demo --extra test pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv .snakemake results logs
