@@ -60,13 +60,12 @@ def remember(
     path = Path(chosen.cache_dir) / LEDGER
     with _locked(path):
         ledger = _read(path.parent)
-        newest: dict[tuple[int, int], str] = {}
-        for generation, listing_id, edited in sorted(tried):
-            newest[generation, listing_id] = edited
+        newest = {(generation, row): edited for generation, row, edited in sorted(tried)}
         kept = [  # what was tried is replaced, and so are its earlier edits
             listing
             for listing in ledger.get(_identity_key(identity), [])
-            if listing["edited_date"] > newest.get((listing["generation"], listing["listing_id"]), "")
+            if listing["edited_date"]
+            > newest.get((listing["generation"], listing["listing_id"]), "")
         ]
         waits = kept + [{**listing, "policy": _policy(chosen)} for listing in failed]
         ledger[_identity_key(identity)] = waits
