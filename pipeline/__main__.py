@@ -20,6 +20,7 @@ def main() -> None:
     _add(commands, "run", run.add_flags, run.main)
     _add(commands, "check", _add_config, check)
     _add(commands, "create-table", _add_create, create_table)
+    _add(commands, "role-sql", _add_role, print_role_sql)
     _add(commands, "summary", lambda parser: None, lambda args: summary.main())
     _add(commands, "cache", _add_cache, show_or_prune_cache)
     args = parser.parse_args()
@@ -30,6 +31,7 @@ _HELP = {
     "run": "run the whole job: prints the equal snakemake command and runs it",
     "check": "check settings, database, tables, model, weights and image root, in seconds",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
+    "role-sql": "print the SQL of a role that can run the job and nothing else",
     "summary": "say what the last run did and where its files are",
     "cache": "show the size and hit rate of the vector cache, or prune it",
 }
@@ -80,6 +82,15 @@ def create_table(args: argparse.Namespace) -> None:
         raise SettingsError("a vector dimension", "a model that does not say", "", "--dimension N")
     target.create_tables(environment, dimension, inputs=args.all)
     print(f"{database.quoted(environment.vectors)} is there, vec vector({dimension})")
+
+
+def _add_role(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--role", default="listing_vectors", metavar="NAME", help="of the new role")
+
+
+def print_role_sql(args: argparse.Namespace) -> None:
+    """Print role.sql with the names of the role and of this environment's tables."""
+    print(target.role_sql(Environment.read(), args.role), end="")
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -170,13 +170,18 @@ class Environment(BaseModel):
 
 
 def _identifier(environ: Mapping[str, str], name: str, default: str) -> str:
-    value = environ.get(name) or default
+    hint = f"a view under a plain name will do; default {default}"
+    return identifier(name, environ.get(name) or default, "environment", hint)
+
+
+def identifier(name: str, value: str, where: str = "command line", hint: str = "") -> str:
+    """A value that may stand between double quotes in SQL; SettingsError for any other."""
     if not IDENTIFIER.fullmatch(value) or len(value) > 63:
         raise SettingsError(
             f"{name}: a name of letters, digits and _ that starts with no digit, 63 at most",
             repr(value),
-            "environment",
-            f"a view under a plain name will do; default {default}",
+            where,
+            hint,
         )
     return value
 

@@ -9,7 +9,7 @@ from adbc_driver_manager.dbapi import Cursor
 
 from pipeline import database, source
 from pipeline.errors import DatabaseError, MixedModels
-from pipeline.settings import Environment
+from pipeline.settings import Environment, identifier
 
 KEY = ("listing_id", "edited_date", "source", "model_rev", "pca_rev")
 _TYPES = {
@@ -46,19 +46,30 @@ def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: 
     """Create the target and its registry, and with `inputs` the three input tables for a trial."""
     with database.translated_errors():
         cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    names = _names(environment) | {"dimension": str(dimension)}
+    scripts = ["target.sql", "registry.sql"] + (["inputs.sql"] if inputs else [])
+    for script in scripts:
+        _run_script(cursor, script, names)
+
+
+def role_sql(environment: Environment, role: str) -> str:
+    """The statements that make a role with the rights that the job needs, and no others."""
+    text = resources.files("pipeline").joinpath("role.sql").read_text()
+    return text.format(role=identifier("--role", role), **_names(environment))
+
+
+def _names(environment: Environment) -> dict[str, str]:
+    """What the SQL files call the tables, quoted."""
     names = {
         "schema": f'"{environment.vectors[0]}"',
         "vectors": database.quoted(environment.vectors),
         "registry": registry_name(environment),
-        "dimension": str(dimension),
         "features_index": f'"{environment.features[1][:59]}_key"',
     }
     for role in ("listings", "images", "features"):
         name: tuple[str, str] = getattr(environment, role)
         names |= {role: database.quoted(name), f"{role}_schema": f'"{name[0]}"'}
-    scripts = ["target.sql", "registry.sql"] + (["inputs.sql"] if inputs else [])
-    for script in scripts:
-        _run_script(cursor, script, names)
+    return names
 
 
 def _run_script(cursor: Cursor, script: str, names: dict[str, str]) -> None:

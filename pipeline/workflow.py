@@ -79,25 +79,23 @@ class Workflow:
         }
 
     @functools.cached_property
+    def _recorded(self) -> dict[str, Any] | None:
+        """The params of the export at hand."""
+        return dict(parquet.metadata(LISTINGS)["export"]) if LISTINGS.exists() else None
+
+    @functools.cached_property
     def _export(self) -> dict[str, Any] | None:
         """The params of the export that is needed now; None if nothing ever was pending."""
-        recorded = dict(parquet.metadata(LISTINGS)["export"]) if LISTINGS.exists() else None
-        try:
-            state = self._source_state(recorded)
-        except DatabaseUnreachable as error:
-            if recorded is None:
-                raise
-            print(f"{error}; going on with {LISTINGS.parent} as it is", file=sys.stderr)
-            return recorded
+        state = self._source_state(self._recorded)
         if state is None:
-            return recorded
+            return self._recorded
         wanted = {
             "limit_listings": self.settings.limit_listings,
             "force": self.settings.force,
             **self.identity,
             "state": state,
         }
-        return recorded if _same(recorded, wanted) else wanted
+        return self._recorded if _same(self._recorded, wanted) else wanted
 
     def _source_state(self, recorded: dict[str, Any] | None) -> dict[str, str] | None:
         """A digest of the pending rows, read-only and cheap; None when nothing is pending."""
@@ -140,7 +138,13 @@ class Workflow:
             **self.identity,
             "state": {"pending": "nothing", "after_load": "", "changed_files": ""},
         }
-        params = self._export or nothing
+        try:
+            params = self._export or nothing
+        except DatabaseUnreachable as error:
+            if self._recorded is None:
+                raise
+            print(f"{error}; going on with {LISTINGS.parent} as it is", file=sys.stderr)
+            params = self._recorded
         state = json.dumps(params["state"], sort_keys=True)
         return (
             flags({**{k: params[k] for k in nothing}, "state": state}) + f" {self._flags(*LIMITS)}"

@@ -1,0 +1,121 @@
+"""How a stage ends before its time: on a signal, or with the run that it belongs to.
+
+Either way it is gone within seconds and leaves no file that it has not finished. A stage that
+outlived its run could put an older file in the place of one that the next run has written.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+RUN = "LISTING_VECTORS_RUN"  # the process id of the Snakemake that started the stage
+GRACE_S = 3.0  # to unwind after a signal; a call into the database may take longer
+POLL_S = 0.25
+
+_unfinished: set[Path] = set()
+
+
+def mark_run() -> None:
+    """Let the stages that this process starts end with it, however it ends."""
+    os.environ[RUN] = str(os.getpid())
+
+
+def end_stages_on_signals() -> None:
+    """Let SIGINT and SIGTERM to this process reach its stages, before it acts on them itself.
+
+    Snakemake alone would wait for running jobs to finish their work, which may take hours.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(signum)
+
+        def forward(signum: int, frame: FrameType | None, before: object = before) -> None:
+            threading.Thread(target=_end_stages, daemon=True).start()
+            if callable(before):
+                before(signum, frame)
+
+        signal.signal(signum, forward)
+
+
+def _end_stages() -> None:
+    while True:  # a job that is just being started is met a moment later
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(word.startswith("pipeline.") for word in process.cmdline()):
+                    process.terminate()
+        time.sleep(POLL_S)
+
+
+def guard(stage: str) -> None:
+    """End this process on SIGINT and SIGTERM, and when the run that started it is gone.
+
+    A signal unwinds it like an exit; where that takes longer than GRACE_S it is cut short.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _unwind)
+    arrived, wake = os.pipe()
+    os.set_blocking(wake, False)
+    # Written to as the signal arrives, also while the main thread is inside a C library.
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(stage, _run(), arrived), daemon=True).start()
+
+
+def _unwind(signum: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # once is enough: nothing must disturb the cleaning up
+    raise SystemExit(128 + signum)
+
+
+def _watch(stage: str, run: psutil.Process | None, arrived: int) -> None:
+    while not select.select([arrived], [], [], POLL_S)[0]:
+        if run is not None and _is_gone(run):
+            _leave(1, "")
+    signum = os.read(arrived, 1)[0]
+    with suppress(OSError):
+        print(f"{stage}: stopped by {signal.Signals(signum).name}", file=sys.stderr, flush=True)
+    time.sleep(GRACE_S)
+    _leave(128 + signum)
+
+
+def _run() -> psutil.Process | None:
+    """The run that this stage belongs to; None for one that a person started."""
+    if RUN not in os.environ:
+        return None
+    try:
+        return psutil.Process(int(os.environ[RUN]))
+    except psutil.NoSuchProcess:
+        _leave(1)
+
+
+def _is_gone(run: psutil.Process) -> bool:
+    try:
+        return not run.is_running() or run.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave without waiting for threads or for the call that the main thread is in."""
+    for path in list(_unfinished):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    os._exit(code)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """`path` is removed if the process has to leave before the block ends."""
+    _unfinished.add(path)
+    try:
+        yield
+    finally:
+        _unfinished.discard(path)

@@ -1,0 +1,234 @@
+"""Top-K selection and sharding: literal candidates in, exact rows out."""
+
+import argparse
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import parquet
+from pipeline.errors import DataError
+from pipeline.select import select, select_images, shard_of
+from pipeline.settings import Settings
+
+T0 = datetime(2026, 1, 1, 12, tzinfo=UTC)
+EXPORT = {"export": {"force": False}}
+
+
+def candidate(
+    image_index: int,
+    score: int = 0,
+    *,
+    listing: int = 1,
+    edited: datetime = T0,
+    generation: int = 1,
+    path: str | None = None,
+    stock: bool = False,
+    screenshot: bool = False,
+) -> dict[str, Any]:
+    """One row of images.parquet."""
+    return {
+        "generation": generation,
+        "listing_id": listing,
+        "edited_date": edited,
+        "image_index": image_index,
+        "storage_path": path or f"{listing}/{image_index}.jpg",
+        "score": score,
+        "is_stock_photo": stock,
+        "battery_screenshot": screenshot,
+    }
+
+
+def frame(*rows: dict[str, Any]) -> pl.DataFrame:
+    return pl.DataFrame(pa.Table.from_pylist(list(rows), parquet.CANDIDATES))
+
+
+def chosen(
+    *rows: dict[str, Any], topk: int = 5, stock: bool = True, screenshots: bool = True
+) -> list[tuple[int, int, int, bool]]:
+    """(listing_id, image_index, rank, fallback) of the selection."""
+    selected = select_images(frame(*rows), topk, stock, screenshots)
+    assert parquet.SELECTED == selected.to_arrow().cast(parquet.SELECTED).schema
+    return selected.select("listing_id", "image_index", "rank", "fallback").rows()
+
+
+def test_the_best_scores_are_ranked_first() -> None:
+    """The K images with the highest score are taken, best first."""
+    actual = chosen(candidate(0, 3), candidate(1, 40), candidate(2, 13), topk=2)
+
+    assert [(1, 1, 1, False), (1, 2, 2, False)] == actual
+
+
+def test_ties_go_to_the_lower_image_index() -> None:
+    """Among equal scores the lower image_index comes first, then the storage_path."""
+    actual = chosen(
+        candidate(2, 10), candidate(0, 10), candidate(1, 10), candidate(-1, 0), topk=3
+    )
+    same_index = select_images(
+        frame(candidate(0, path="b"), candidate(0, path="a")), 1, True, True
+    )
+
+    assert [(1, 0, 1, False), (1, 1, 2, False), (1, 2, 3, False)] == actual
+    assert ["a"] == same_index["storage_path"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("stock", "screenshots", "expected"),
+    [
+        (True, True, [(1, 2, 1, False)]),
+        (False, True, [(1, 0, 1, False), (1, 2, 2, False)]),
+        (True, False, [(1, 1, 1, False), (1, 2, 2, False)]),
+        (False, False, [(1, 0, 1, False), (1, 1, 2, False), (1, 2, 3, False)]),
+    ],
+)
+def test_each_exclusion_is_a_switch_of_its_own(
+    stock: bool, screenshots: bool, expected: list[tuple[int, int, int, bool]]
+) -> None:
+    """exclude_stock and exclude_screenshots each leave out their own kind and no other."""
+    rows = (candidate(0, 40, stock=True), candidate(1, 30, screenshot=True), candidate(2, 0))
+
+    assert expected == chosen(*rows, stock=stock, screenshots=screenshots)
+
+
+def test_a_listing_with_only_excluded_images_falls_back() -> None:
+    """With nothing left the first K by image_index are taken, whatever their score, and marked."""
+    actual = chosen(
+        candidate(0, 0, stock=True),
+        candidate(1, 40, screenshot=True),
+        candidate(2, 50, stock=True, screenshot=True),
+        candidate(0, 0, listing=2),
+        topk=2,
+    )
+
+    assert [(1, 0, 1, True), (1, 1, 2, True), (2, 0, 1, False)] == actual
+
+
+def test_a_part_left_over_is_no_fallback() -> None:
+    """One usable image is enough: the excluded ones do not fill up the K."""
+    actual = chosen(candidate(0, 9, stock=True), candidate(1, 0), candidate(2, 9, stock=True))
+
+    assert [(1, 1, 1, False)] == actual
+
+
+def test_listings_are_told_apart_by_their_whole_key() -> None:
+    """Each generation and each edit of a listing has a Top-K of its own, in the order given."""
+    later = T0 + timedelta(microseconds=1)
+    actual = select_images(
+        frame(
+            candidate(0, edited=later, generation=2),
+            candidate(1, 10, edited=later, generation=2),
+            candidate(0, edited=T0, generation=2),
+            candidate(0, edited=T0, generation=1),
+        ),
+        1, True, True,
+    )  # fmt: skip
+
+    assert [(2, later, 1, 1), (2, T0, 0, 1), (1, T0, 0, 1)] == actual.select(
+        "generation", "edited_date", "image_index", "rank"
+    ).rows()
+
+
+def test_nothing_is_selected_of_nothing() -> None:
+    """No candidates give no rows, of the same types."""
+    assert [] == chosen()
+
+
+def test_a_shard_depends_on_the_listing_alone() -> None:
+    """The shard of an id is fixed and within range for any 64-bit id, and ids with gaps spread."""
+    ids = pl.DataFrame({"id": [1, 2, 3, 0, -1, 2**63 - 1, -(2**63)]})
+    gapped = pl.DataFrame({"id": [1024 * i for i in range(4000)]})
+    fixed = ids.select(shard_of(pl.col("id"), 4))["id"].to_list()
+    again = ids.reverse().select(shard_of(pl.col("id"), 4))["id"].to_list()
+    spread = gapped.select(shard_of(pl.col("id"), 4))["id"].value_counts()["count"].to_list()
+
+    assert [3, 2, 1, 0, 0, 0, 0] == fixed
+    assert fixed[::-1] == again
+    assert 4 == len(spread)
+    assert min(spread) > 900
+
+
+def write_export(folder: Path, rows: list[dict[str, Any]], listings: int) -> None:
+    with parquet.writer(folder / "images.parquet", parquet.CANDIDATES, EXPORT) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, parquet.CANDIDATES))
+    with parquet.writer(folder / "listings.parquet", parquet.LISTINGS, EXPORT) as writer:
+        keys = [{**row, "listing_id": n} for n, row in enumerate([candidate(0)] * listings)]
+        writer.write_table(pa.Table.from_pylist(keys, parquet.LISTINGS))
+
+
+def run(folder: Path, shards: int, *prune: Path) -> list[Path]:
+    outputs = [folder / "select" / f"{n}-of-{shards}.parquet" for n in range(1, shards + 1)]
+    args = argparse.Namespace(
+        listings=folder / "listings.parquet",
+        images=folder / "images.parquet",
+        outputs=outputs,
+        prune=list(prune),
+    )
+    select(args, Settings())
+    return outputs
+
+
+def rows_of(paths: list[Path]) -> list[list[tuple[int, int]]]:
+    return [
+        [(row["listing_id"], row["rank"]) for row in pq.read_table(path).to_pylist()]
+        for path in paths
+    ]
+
+
+def test_all_images_of_a_listing_are_in_one_shard(tmp_path: Path) -> None:
+    """Every selected image is in exactly one shard, with the other images of its listing."""
+    rows = [candidate(i, listing=listing) for listing in (1, 2, 3) for i in (0, 1)]
+    write_export(tmp_path, rows, 3)
+
+    assert [
+        [],
+        [(3, 1), (3, 2)],
+        [(2, 1), (2, 2)],
+        [(1, 1), (1, 2)],
+    ] == rows_of(run(tmp_path, 4))
+
+
+def test_shards_without_a_listing_are_empty_files(tmp_path: Path) -> None:
+    """One listing in fewer shards than there are leaves whole, empty files of the right schema."""
+    write_export(tmp_path, [candidate(0)], 1)
+    outputs = run(tmp_path, 3)
+
+    assert [[], [], [(1, 1)]] == sorted(rows_of(outputs), key=len)
+    assert [True] * 3 == [pq.read_schema(path).equals(parquet.SELECTED) for path in outputs]
+    assert [["export", "select"]] * 3 == [sorted(parquet.metadata(path)) for path in outputs]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Selecting twice writes identical files."""
+    write_export(tmp_path, [candidate(i, listing=n) for n in range(20) for i in range(3)], 20)
+    first = [path.read_bytes() for path in run(tmp_path, 2)]
+
+    assert first == [path.read_bytes() for path in run(tmp_path, 2)]
+
+
+def test_shards_of_another_split_are_removed(tmp_path: Path) -> None:
+    """A new number of shards leaves none of the old ones, here or in encode, and nothing else goes."""
+    write_export(tmp_path, [candidate(0)], 1)
+    encode = tmp_path / "encode"
+    encode.mkdir()
+    for name in ("1-of-2.parquet", "1-of-2.json", "2-of-2.parquet", "1-of-3.parquet", "notes.txt"):
+        (encode / name).touch()
+    run(tmp_path, 2)
+    run(tmp_path, 3, tmp_path / "select", encode)
+
+    assert ["1-of-3.parquet", "2-of-3.parquet", "3-of-3.parquet"] == sorted(
+        path.name for path in (tmp_path / "select").iterdir()
+    )
+    assert ["1-of-3.parquet", "notes.txt"] == sorted(path.name for path in encode.iterdir())
+
+
+def test_a_listing_without_a_candidate_is_refused(tmp_path: Path) -> None:
+    """Exports that do not belong together are an error, and no shard is written."""
+    write_export(tmp_path, [candidate(0)], 2)
+
+    with pytest.raises(DataError, match="expected 2 listings with a selected image, found 1"):
+        run(tmp_path, 2)
+    assert [] == list((tmp_path / "select").iterdir())
