@@ -63,10 +63,7 @@ def connect(*, read_only: bool = False, repeatable: bool = False) -> Iterator[Co
         raise DatabaseUnreachable("a database", "PG_DSN=none, which says there is none here")
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     os.environ.setdefault("PGAPPNAME", "listing-vectors")
-    try:
-        connection = adbc_driver_postgresql.dbapi.connect(dsn)
-    except adbc_driver_manager.Error as error:
-        raise _connect_error(str(error)) from None
+    connection = _open(dsn)
     try:
         with translated_errors(), connection.cursor() as cursor:
             level = "REPEATABLE READ" if repeatable else "READ COMMITTED"
@@ -80,6 +77,16 @@ def connect(*, read_only: bool = False, repeatable: bool = False) -> Iterator[Co
             connection.close()
         except adbc_driver_manager.Error:
             log.debug("the connection was already gone")
+
+
+def _open(dsn: str) -> Connection:
+    """Connect; what is raised was not raised from libpq's error, which may quote the password."""
+    try:
+        connection: Connection = adbc_driver_postgresql.dbapi.connect(dsn)
+        return connection
+    except (adbc_driver_manager.Error, UnicodeError) as error:
+        failure = _connect_error(str(error))
+    raise failure
 
 
 @contextmanager

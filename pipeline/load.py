@@ -135,18 +135,19 @@ def _check_encoder(
     force: bool,
 ) -> None:
     where = database.quoted(environment.vectors)
-    registered = target.registered_encoder(cursor, environment, identity)
-    if registered and not force:
-        target.refuse_mixing(registered, encoder, identity, where)
-    if registered and registered != encoder:
-        changed = [k for k in encoder if encoder[k] != registered.get(k)]
-        log.warning("this key's encoder changes in %s", ", ".join(changed))
-    if not target.register_encoder(cursor, environment, identity, encoder):
+    registered = target.claim_key(cursor, environment, identity, encoder)
+    if registered is None:
         log.warning(
             "no encoder registry beside %s and no right to make one: models are not told apart;"
             " hint: python -m pipeline create-table as the owner",
             where,
         )
+    elif registered != encoder:
+        if not force:
+            target.refuse_mixing(registered, encoder, identity, where)
+        changed = [k for k in encoder if encoder[k] != registered.get(k)]
+        log.warning("this key's encoder changes in %s", ", ".join(changed))
+        target.register_encoder(cursor, environment, identity, encoder)
 
 
 def _stage(connection: Connection, vectors: Path, dim: int) -> int:

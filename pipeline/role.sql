@@ -1,5 +1,5 @@
 -- The role that runs the job: it reads the three inputs, writes the target, and nothing else.
--- Run this as the owner of the tables, after create-table; then, in psql: \password {role}
+-- Run this as the owner of the tables, after create-table; then, in psql: \password "{role}"
 CREATE ROLE "{role}" LOGIN;
 DO $$ BEGIN
     EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO "{role}"', current_database());

@@ -5,7 +5,9 @@ config.yaml decides the rest.
 """
 
 import argparse
+import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +21,10 @@ _VALUES = {
     "model-rev": str, "pca-rev": str, "batch-size": int, "num-workers": int, "device": str,
     "benchmark-images": int,
 }  # fmt: skip
+
+
+# Texts that Snakemake's --config takes as they are: nothing like a number, a bool or YAML.
+_PLAIN = re.compile(r"(?i)(?!(?:true|false|nan|inf|infinity)$)[a-z](?:[\w./-]|:(?=[\w./]))*")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +88,18 @@ def snakemake_command(args: argparse.Namespace) -> list[str]:
     if not Path("Snakefile").exists():
         words += ["--snakefile", str(snakefile)]
     if given:
-        words += ["--config", *(f"{name}={value}" for name, value in given.items())]
+        words += ["--config", *(f"{name}={_as_yaml(value)}" for name, value in given.items())]
     if args.force:
         words += ["--forcerun", "export"]
     return [*words, *args.snakemake]
+
+
+def _as_yaml(value: object) -> str:
+    """A value as Snakemake reads it from --config: quoted if it would take the text for more."""
+    if not isinstance(value, str) or _PLAIN.fullmatch(value):
+        return str(value)
+    # Snakemake strips quotes at the very ends before YAML sees them; blanks keep them in.
+    return f" {json.dumps(value, ensure_ascii=False)} "
 
 
 def target_of(args: argparse.Namespace) -> str:

@@ -138,43 +138,58 @@ def _check_key(cursor: Cursor, environment: Environment, where: str) -> None:
         )
 
 
-def registered_encoder(
-    cursor: Cursor, environment: Environment, identity: Identity
+def claim_key(
+    cursor: Cursor, environment: Environment, identity: Identity, encoder: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The encoder whose vectors the table holds under this key; None if none is registered."""
-    schema, table = environment.vectors
-    if not source.has_table(cursor, (schema, f"{table[:54]}_encoders")):
+    """The encoder registered under this key; `encoder`, from now on, where there was none.
+
+    The key is this transaction's alone until it ends, so that two loads cannot both be first.
+    None where there is no registry and none may be made.
+    """
+    if not _has_registry(cursor, environment):
         return None
+    key = tuple(vars(identity).values())
+    database.fetch(
+        cursor,
+        f"INSERT INTO {registry_name(environment)} (source, model_rev, pca_rev, encoder)"
+        " VALUES ($1, $2, $3, $4::text::jsonb) ON CONFLICT DO NOTHING RETURNING 1",
+        (*key, json.dumps(encoder, sort_keys=True)),
+    )
     rows = database.fetch(
         cursor,
         f"SELECT encoder::text FROM {registry_name(environment)}"
-        " WHERE source = $1 AND model_rev = $2 AND pca_rev = $3",
-        (identity.source, identity.model_rev, identity.pca_rev),
+        " WHERE source = $1 AND model_rev = $2 AND pca_rev = $3 FOR UPDATE",
+        key,
     )
-    return json.loads(rows[0][0]) if rows else None
+    return dict(json.loads(rows[0][0]))
 
 
 def register_encoder(
     cursor: Cursor, environment: Environment, identity: Identity, encoder: dict[str, Any]
-) -> bool:
-    """Remember the encoder of this key; False where there is no registry and none may be made."""
-    schema, table = environment.vectors
-    if not source.has_table(cursor, (schema, f"{table[:54]}_encoders")):
-        allowed = database.fetch(
-            cursor, "SELECT has_schema_privilege(to_regnamespace($1), 'CREATE')", (f'"{schema}"',)
-        )
-        if not allowed[0][0]:
-            return False
-        _run_script(cursor, "registry.sql", {"registry": registry_name(environment)})
+) -> None:
+    """Put this encoder in the place of the one registered under the key."""
     database.fetch(
         cursor,
-        f"INSERT INTO {registry_name(environment)} AS r"
-        " (source, model_rev, pca_rev, encoder) VALUES ($1, $2, $3, $4::text::jsonb)"
-        " ON CONFLICT (source, model_rev, pca_rev)"
-        " DO UPDATE SET encoder = excluded.encoder, updated_at = now()"
-        " WHERE r.encoder IS DISTINCT FROM excluded.encoder RETURNING 1",
+        f"UPDATE {registry_name(environment)} SET encoder = $4::text::jsonb, updated_at = now()"
+        " WHERE source = $1 AND model_rev = $2 AND pca_rev = $3 RETURNING 1",
         (*vars(identity).values(), json.dumps(encoder, sort_keys=True)),
     )
+
+
+def _has_registry(cursor: Cursor, environment: Environment) -> bool:
+    """Whether there is a registry; makes one where there is none and this role may."""
+    schema, table = environment.vectors
+    name = (schema, f"{table[:54]}_encoders")
+    if source.has_table(cursor, name):
+        return True
+    allowed = database.fetch(
+        cursor, "SELECT has_schema_privilege(to_regnamespace($1), 'CREATE')", (f'"{schema}"',)
+    )
+    if not allowed[0][0]:
+        return False
+    # Of two loads that both find none, one waits here: CREATE IF NOT EXISTS alone would fail.
+    database.fetch(cursor, "SELECT 1 FROM pg_advisory_xact_lock(hashtext($1))", ("_".join(name),))
+    _run_script(cursor, "registry.sql", {"registry": registry_name(environment)})
     return True
 
 
