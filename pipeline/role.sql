@@ -4,7 +4,7 @@ CREATE ROLE "{role}" LOGIN;
 DO $$ BEGIN
     EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO "{role}"', current_database());
 END $$;
-GRANT USAGE ON SCHEMA {listings_schema}, {images_schema}, {features_schema}, {schema} TO "{role}";
+GRANT USAGE ON SCHEMA {schemas} TO "{role}";
 -- Without a features table, leave its name out.
 GRANT SELECT ON {listings}, {images}, {features} TO "{role}";
 -- The second is the registry of encoders, which keeps two models from sharing a key.

@@ -69,7 +69,8 @@ def _names(environment: Environment) -> dict[str, str]:
     for role in ("listings", "images", "features"):
         name: tuple[str, str] = getattr(environment, role)
         names |= {role: database.quoted(name), f"{role}_schema": f'"{name[0]}"'}
-    return names
+    schemas = [names[f"{role}_schema"] for role in ("listings", "images", "features")]
+    return names | {"schemas": ", ".join(dict.fromkeys([*schemas, names["schema"]]))}
 
 
 def _run_script(cursor: Cursor, script: str, names: dict[str, str]) -> None:
