@@ -11,6 +11,7 @@ from snakemake.utils import min_version
 
 sys.path.insert(0, workflow.basedir)
 
+from pipeline.lifetime import end_stages_on_signals
 from pipeline.workflow import Workflow, code, lock_folder, run_this_checkout
 
 min_version("9.11")
@@ -42,6 +43,7 @@ localrules:
 
 onstart:
     lock_folder()
+    end_stages_on_signals()
 
 
 onsuccess:
@@ -76,6 +78,7 @@ rule export:
     conda:
         "environment.yml"
     resources:
+        lock_timeout_s=settings.lock_timeout_s,
         cache_dir=settings.cache_dir,
     params:
         settings=flow.export,
@@ -83,7 +86,8 @@ rule export:
     shell:
         "python -m pipeline.export"
         " --listings {output.listings:q} --images {output.images:q}"
-        " {params.settings} --cache-dir {resources.cache_dir:q}"
+        " {params.settings}"
+        " --lock-timeout-s {resources.lock_timeout_s} --cache-dir {resources.cache_dir:q}"
         " 2>&1 | tee {log:q}"
 
 

@@ -7,7 +7,6 @@ What to expect: together takes as long as the slowest stage where the stages hav
 own (CUDA), and as long as decoding plus encoding where they share the cores (CPU).
 """
 
-import argparse
 import os
 import platform
 import time
@@ -23,12 +22,12 @@ import pyarrow.parquet as pq
 from pipeline import command, parquet, settings
 from pipeline.cache import NoCache
 from pipeline.command import log
-from pipeline.encode import SETTINGS, Decoder, EncodeJob, Line, Photo, add_encoder_flags
+from pipeline.encode import SETTINGS, EncodeJob, Line, Photo, add_encoder_flags
 from pipeline.errors import DataError
 from pipeline.photo_files import PhotoError
 from pipeline.settings import Environment, Settings
 
-CHUNK = 256  # images held in memory while the stages are timed apart
+CHUNK = 256  # images held in memory while the stages are timed apart; more on many cores
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
             "selected images to time", "an empty shard", str(selected),
             "nothing is pending: --config force=true selects every eligible listing",
         )  # fmt: skip
-    with Line(job, NoCache(job.model.embed_dim)) as line:
+    with Line(job, NoCache(job.dim)) as line:
         apart = time_apart(paths, job, line)
         start = time.perf_counter()
         done = list(line.done(Photo(path) for path in paths))
@@ -82,7 +81,7 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
 def time_apart(paths: list[str | None], job: EncodeJob, line: Line) -> dict[str, float]:
     """Seconds of wall time of each stage alone, on all the threads that it would have."""
     seconds = dict.fromkeys(("read", "decode", "encode"), 0.0)
-    line.encode_pixels([])  # loads the encoder outside of the clock
+    rows = job.encoder.batch_rows  # loads the encoder, outside of the clock
     with ThreadPoolExecutor(job.workers) as pool:
 
         def timed(stage: str, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -91,12 +90,10 @@ def time_apart(paths: list[str | None], job: EncodeJob, line: Line) -> dict[str,
             seconds[stage] += time.perf_counter() - start
             return results
 
-        for chunk in _chunks(paths):
+        for chunk in _chunks(paths, max(CHUNK, job.workers * rows)):
             files = timed("read", _or_none(lambda path: job.photos.read(path)[0]), chunk)
             pixels = timed("decode", _or_none(line.decoder), files)
-            start = time.perf_counter()
-            line.encode_pixels(pixels)
-            seconds["encode"] += time.perf_counter() - start
+            timed("encode", line.encode_pixels, _chunks(pixels, rows))
     return seconds
 
 
@@ -116,9 +113,9 @@ def _paths(selected: Path) -> Iterator[str | None]:
             yield from batch.column(0).to_pylist()
 
 
-def _chunks(paths: list[str | None]) -> Iterator[list[str | None]]:
-    for start in range(0, len(paths), CHUNK):
-        yield paths[start : start + CHUNK]
+def _chunks(items: list[Any], length: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), length):
+        yield items[start : start + length]
 
 
 def hardware(job: EncodeJob) -> dict[str, Any]:

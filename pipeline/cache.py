@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.command import log
 from pipeline.errors import DataError
 from pipeline.model import Fingerprint
-from pipeline.parquet import dimension, metadata, writer
+from pipeline.parquet import dimension, metadata, remove_abandoned, writer
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -38,8 +38,8 @@ ROW_GROUP = 256  # rows that one hit reads: half a megabyte at 512 dimensions
 FLUSH_ROWS = 1_024
 FLUSH_S = 5.0
 MERGED_ROWS = 16_384
-STALE_S = 3_600.0
 PART = re.compile(r"part-(\d+)-\d+-\d+\.parquet")
+TEMPORARY = ".part-*.tmp"
 FILE_KEY = ["storage_path", "size", "mtime_ns"]
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
 
@@ -121,6 +121,7 @@ class VectorCache:
         self._unwritten_files: dict[tuple[str, int, int], Entry] = {}
         self._unwritten_digests: dict[bytes, Entry] = {}
         self._oldest = 0.0
+        self._warned = False
         self.refresh()
 
     @classmethod
@@ -129,6 +130,7 @@ class VectorCache:
         return cls(folder_of(cache_dir, fingerprint), dim, read, fingerprint.as_dict())
 
     def __enter__(self) -> Self:
+        remove_abandoned(self.folder, TEMPORARY)
         return self
 
     def __exit__(
@@ -138,7 +140,7 @@ class VectorCache:
         trace: TracebackType | None,
     ) -> None:
         """Write what is not written yet, also when the block failed: it was paid for."""
-        self.flush()
+        self._write_or_forget()
 
     @property
     def entries(self) -> int:
@@ -177,7 +179,11 @@ class VectorCache:
         vec: Vectors | None,
         error: str | None,
     ) -> None:
-        """Remember an image's unit vector, or why it has none. Written within seconds."""
+        """Remember an image's unit vector, or why it has none. Written within seconds.
+
+        Where the folder takes no files, a warning says so once and the entries are forgotten: the
+        shard that needs them does without.
+        """
         entry = Entry(storage_path, size, mtime_ns, digest, vec, error)
         if not self._unwritten:
             self._oldest = time.monotonic()
@@ -185,7 +191,7 @@ class VectorCache:
         self._unwritten_files[storage_path, size, mtime_ns] = entry
         self._unwritten_digests[digest] = entry
         if len(self._unwritten) >= FLUSH_ROWS:
-            self.flush()
+            self._write_or_forget()
         else:
             self._flush_if_due()
 
@@ -200,10 +206,23 @@ class VectorCache:
                 parquet.write_table(table, row_group_size=ROW_GROUP)
         except OSError as error:
             raise DataError(
-                "a cache folder that takes files", str(error.strerror or error), str(self.folder),
+                "a cache folder that takes files",
+                os.strerror(error.errno).lower() if error.errno else str(error), str(self.folder),
                 "make room, or set another cache_dir",
             ) from None  # fmt: skip
         self._index([(name, _file_hashes(table), _digest_hashes(table))])
+        self._forget_unwritten()
+
+    def _write_or_forget(self) -> None:
+        try:
+            self.flush()
+        except DataError as error:
+            if not self._warned:
+                log.warning("%s; going on: what is not cached will be encoded again", error)
+            self._warned = True
+            self._forget_unwritten()
+
+    def _forget_unwritten(self) -> None:
         self._unwritten.clear()
         self._unwritten_files.clear()
         self._unwritten_digests.clear()
@@ -220,7 +239,7 @@ class VectorCache:
 
     def _flush_if_due(self) -> None:
         if self._unwritten and time.monotonic() - self._oldest > FLUSH_S:
-            self.flush()
+            self._write_or_forget()
 
     def _index(self, parts: list[tuple[str, Hashes, Hashes]]) -> None:
         if not parts:
@@ -433,7 +452,7 @@ def prune(
             if keep is not None and folder.name not in keep:
                 _remove(folder)
                 continue
-            _remove_stale(folder)
+            remove_abandoned(folder, TEMPORARY)
             if older_than_days is not None:
                 oldest = time.time_ns() - int(older_than_days * 86_400e9)
                 _unlink(folder / name for name in _part_names(folder) if _written(name) < oldest)
@@ -589,15 +608,9 @@ def _bytes(cache_dir: Path) -> int:
 
 def _remove(folder: Path) -> None:
     _unlink(folder / name for name in _part_names(folder))
-    _remove_stale(folder)
+    remove_abandoned(folder, TEMPORARY)
     with suppress(OSError):  # not empty: someone is writing to it
         folder.rmdir()
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed writers have left under a temporary name."""
-    now = time.time()
-    _unlink(file for file in folder.glob(".part-*.tmp") if now - file.stat().st_mtime > STALE_S)
 
 
 def _unlink(paths: Collection[Path] | Iterator[Path]) -> None:

@@ -2,42 +2,30 @@
 
 import argparse
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 
-from pipeline.errors import PipelineError
+from pipeline import lifetime
+from pipeline.errors import PipelineError, storage_errors
 
 log = logging.getLogger("pipeline")
 
 
 def run(main: Callable[[], None], stage: str) -> None:
-    """Run a stage's main(); a PipelineError ends it with one line and exit code 1."""
+    """Run a stage's main(); what a user can mend ends it with one line and exit code 1."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {stage}: %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _leave)
+    lifetime.guard(stage)
     try:
-        main()
+        with storage_errors():
+            main()
     except PipelineError as error:
         sys.exit(f"error in {stage}: {error}")
-    except KeyboardInterrupt:
-        _exit_now(130, f"{stage}: interrupted")
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like an exit, so that temporary files are removed."""
-    raise SystemExit(128 + signum)
-
-
-def _exit_now(code: int, message: str) -> None:
-    """Leave without waiting for worker threads; everything kept is on disk already."""
-    print(message, file=sys.stderr, flush=True)
-    os._exit(code)
+    except KeyboardInterrupt:  # how the database driver answers SIGINT inside a query
+        sys.exit(130)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -5,7 +5,8 @@ shard (one row per selected image, in its order: a unit vector, or null and the 
 statistics. Guarantees: rows in = rows out; an image's vector does not depend on the others; what
 is in the cache is neither decoded nor encoded; memory does not grow with the shard.
 
-Threads read, hash and decode; the main thread encodes full batches and writes rows in order.
+Threads read, hash, decode and, on a CPU, encode: each has a core of its own, and work is theirs
+by the photo or by the batch. The main thread makes full batches and writes rows in order.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # a shard with nothing to encode loads no torch
 CHUNK_ROWS = 4096  # looked up in the cache together
 LONGEST_WAIT = 2 * CHUNK_ROWS  # rows held back by one that is not done, before it is hurried
 REFRESH_S = 5.0  # how often vectors of other running shards are picked up
+GPU_BATCHES = 2  # one computes while the next is copied
 STAT_THREADS = 8  # on network filesystems a stat is a round trip
 NO_VECTOR = "vector: the encoder gave a zero or non-finite vector"
 
@@ -95,6 +97,7 @@ class EncodeJob:
     precision: str
     threads: int
     chosen: Settings
+    root: tuple[int, int]  # which folder the image root is: device and inode
 
     @classmethod
     def prepare(
@@ -125,10 +128,25 @@ class EncodeJob:
             precision=precision,
             threads=threads,
             chosen=chosen,
+            root=_folder_id(environment.image_root),
         )
 
+    def check_root(self) -> None:
+        """The image root still is the folder that it was; else DataError.
+
+        Without it every photo would count as missing, and listings would go in with the few
+        images that were read before.
+        """
+        preflight.check_image_root(self.photos.root)
+        if _folder_id(self.photos.root) != self.root:
+            raise DataError(
+                "the folder of images that was there at the start", "another",
+                str(self.photos.root), "run it again; nothing that was encoded is lost",
+            )  # fmt: skip
+
+    @functools.cached_property
     def encoder(self) -> "Encoder":
-        """The encoder with its weights in memory; imports torch."""
+        """The encoder with its weights in memory, loaded once; imports torch."""
         from pipeline.encoder import load_encoder
 
         return load_encoder(
@@ -136,30 +154,41 @@ class EncodeJob:
         )
 
     @property
+    def dim(self) -> int:
+        """The length of the vectors; only of a model that lives on a hub is it in the weights."""
+        return self.model.embed_dim or self.encoder.dim
+
+    @property
     def workers(self) -> int:
-        """Decoding threads: more than cores would only wait for each other."""
+        """Threads that decode, at most one a core; on a CPU they encode too, so all cores."""
+        if self.device == "cpu":
+            return self.threads
         return max(1, min(self.chosen.num_workers, self.threads))
+
+
+def _folder_id(folder: Path) -> tuple[int, int]:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 class Decoder:
     """The bytes of a photo to uint8 pixels of shape (3, height, width), on any thread."""
 
     def __init__(self, preprocess: dict[str, Any], chosen: Settings) -> None:
+        import torch
+
         from pipeline.image import Transform, load_pixels
 
+        torch.set_num_threads(1)  # photos are decoded side by side, not each by many
         self._load = load_pixels
         self._transform = Transform.from_preprocess_cfg(preprocess)
         self._chosen = chosen
-        self._thread = threading.local()
 
     def __call__(self, data: bytes) -> "torch.Tensor":
         """Raises PhotoError."""
-        if not hasattr(self._thread, "alone"):
-            # Only for the calling thread: photos are decoded side by side, not each by many.
-            import torch
-
-            torch.set_num_threads(1)
-            self._thread.alone = True
         chosen = self._chosen
         return self._load(
             data,
@@ -230,11 +259,8 @@ def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> S
     made_by = parquet.metadata(selected)
     made_by["encoder"] = job.fingerprint.as_dict()
     force = made_by.get("export", {}).get("force", False)
-    cache = VectorCache.of(
-        Path(chosen.cache_dir), job.fingerprint, job.model.embed_dim, read=not force
-    )
+    cache = VectorCache.of(Path(chosen.cache_dir), job.fingerprint, job.dim, read=not force)
     start = time.monotonic()
-    rows = parquet.rows([selected])
     with cache, Line(job, cache) as line:
         stats = _write(selected, encoded, made_by, line)
     stats.seconds = time.monotonic() - start
@@ -255,7 +281,7 @@ def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line")
                 sent.append(pa.Table.from_batches([batch]))
                 yield from line.looked_up(batch.column("storage_path").to_pylist())
 
-    dim = line.dim
+    dim = line.job.dim
     with parquet.writer(encoded, parquet.encoded(dim), made_by) as writer:
         done = line.done(photos())
         while chunk := list(_counted(islice(done, CHUNK_ROWS), stats, progress)):
@@ -299,27 +325,22 @@ class Line(AbstractContextManager["Line"]):
         self.lock = threading.Lock()  # over the cache and under_way
         self.under_way: dict[bytes, Photo] = {}
         self.batch: list[Photo] = []
+        self.encoding: deque[Future[None]] = deque()
         self.refreshed = time.monotonic()
         self.statters = ThreadPoolExecutor(STAT_THREADS, "stat")
-        self.decoders = ThreadPoolExecutor(job.workers, "decode")
+        self.decoders = self.encoders = ThreadPoolExecutor(job.workers, "decode")
+        if job.device != "cpu":
+            self.encoders = ThreadPoolExecutor(GPU_BATCHES, "encode")
 
     def __exit__(self, *exc: object) -> None:
         self.decoders.shutdown(cancel_futures=True)
+        self.encoders.shutdown(cancel_futures=True)
         self.statters.shutdown(cancel_futures=True)
-
-    @functools.cached_property
-    def encoder(self) -> "Encoder":
-        return self.job.encoder()
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         # Only of a model that lives on a hub are the pixels not known before it is loaded.
-        return Decoder(self.job.model.preprocess or self.encoder.preprocess, self.job.chosen)
-
-    @property
-    def dim(self) -> int:
-        """The length of the vectors."""
-        return self.job.model.embed_dim or self.encoder.dim
+        return Decoder(self.job.model.preprocess or self.job.encoder.preprocess, self.job.chosen)
 
     def looked_up(self, paths: list[str | None]) -> list[Photo]:
         """The photos of a chunk; done are those whose file is missing or in the cache."""
@@ -342,7 +363,12 @@ class Line(AbstractContextManager["Line"]):
         try:
             photo.stat = self.job.photos.stat(photo.path)
         except PhotoError as error:
+            self._check_missing(error)
             photo.error = str(error)
+
+    def _check_missing(self, error: PhotoError) -> None:
+        if error.reason == "missing":
+            self.job.check_root()
 
     def _refresh(self) -> None:
         """Pick up what other shards have encoded meanwhile."""
@@ -358,17 +384,17 @@ class Line(AbstractContextManager["Line"]):
             waiting.append(photo)
             if not photo.done:
                 if not self.cache.entries:
-                    self.encoder  # noqa: B018  bad weights show before the first image is read
+                    self.job.encoder  # noqa: B018  bad weights show before the first image is read
                 working.append((photo, self.decoders.submit(self._decode, photo)))
             while working and (len(working) > self.window or len(waiting) > LONGEST_WAIT):
                 self._collect(*working.popleft())
             if len(waiting) > LONGEST_WAIT:
-                self._encode_batch()
+                self._encode_rest()
             while waiting and waiting[0].done:
                 yield waiting.popleft()
         while working:
             self._collect(*working.popleft())
-        self._encode_batch()
+        self._encode_rest()
         yield from waiting
 
     @property
@@ -385,6 +411,7 @@ class Line(AbstractContextManager["Line"]):
                 return
             photo.pixels = self.decoder(data)
         except PhotoError as error:
+            self._check_missing(error)
             self._finish(photo, None, str(error))
 
     def _claim(self, photo: Photo) -> bool:
@@ -405,26 +432,41 @@ class Line(AbstractContextManager["Line"]):
         work.result()
         if photo.pixels is not None:
             self.batch.append(photo)
-        if self.batch and len(self.batch) == self.encoder.batch_rows:
-            self._encode_batch()
+        if self.batch and len(self.batch) == self.job.encoder.batch_rows:
+            self._send_batch()
 
-    def encode_pixels(self, pixels: "list[torch.Tensor]") -> np.ndarray:
-        """Unit vectors, float32 (rows, dim), of decoded photos; a row of NaN has none."""
+    def _send_batch(self) -> None:
+        """Have the batch encoded; waits while as many are on their way as can be worked on."""
+        batch, self.batch = self.batch, []
+        self.encoding.append(self.encoders.submit(self._encode, batch))
+        while len(self.encoding) > self.batches_under_way:
+            self.encoding.popleft().result()
+
+    @property
+    def batches_under_way(self) -> int:
+        """One for each that encodes, and one that waits for the first of them."""
+        return (self.job.workers if self.encoders is self.decoders else GPU_BATCHES) + 1
+
+    def _encode_rest(self) -> None:
+        """Encode what is there, be it less than a batch, and wait for all that is on its way."""
+        if self.batch:
+            self._send_batch()
+        while self.encoding:
+            self.encoding.popleft().result()
+
+    def encode_pixels(self, pixels: "Sequence[torch.Tensor]") -> np.ndarray:
+        """Unit vectors, float32 (rows, dim), of decoded photos, one at least; NaN: has none."""
         import torch
 
-        if not pixels:
-            return np.empty((0, self.encoder.dim), np.float32)
-        return self.encoder.encode(torch.stack(pixels), len(pixels))
+        return self.job.encoder.encode(torch.stack(list(pixels)))
 
-    def _encode_batch(self) -> None:
-        if not self.batch:
-            return
-        vectors = self.encode_pixels([p.pixels for p in self.batch if p.pixels is not None])
-        for photo, vec in zip(self.batch, vectors, strict=True):
+    def _encode(self, batch: list[Photo]) -> None:
+        """Encode a batch: on a worker thread."""
+        vectors = self.encode_pixels([p.pixels for p in batch if p.pixels is not None])
+        for photo, vec in zip(batch, vectors, strict=True):
             photo.pixels = None
             sound = bool(np.isfinite(vec).all())
             self._finish(photo, vec if sound else None, None if sound else NO_VECTOR)
-        self.batch.clear()
 
     def _finish(self, photo: Photo, vec: np.ndarray | None, error: str | None) -> None:
         """Give a photo and its twins their outcome and let the cache know."""

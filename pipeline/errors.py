@@ -1,5 +1,19 @@
 """The errors that a user can mend. Each prints as one line: expected, found, where, hint."""
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What a file system refuses: what was expected, hint.
+_STORAGE = {
+    errno.ENOSPC: ("free space", "make room, then run it again"),
+    errno.EDQUOT: ("free space within the quota", "make room, then run it again"),
+    errno.EROFS: ("a file system that can be written", "mount it read-write, or work elsewhere"),
+    errno.EACCES: ("permission to read and write", "see the owner and mode of file and folder"),
+    errno.EPERM: ("permission to read and write", "see the owner and mode of file and folder"),
+}
+
 
 class PipelineError(Exception):
     """Something that the user can mend; shown as one line, never with a traceback."""
@@ -33,9 +47,26 @@ class DataError(PipelineError):
     """An intermediate file does not hold what its stage promises."""
 
 
+class StorageError(PipelineError):
+    """A disk is full, or a file or folder may not be read or written."""
+
+
 class TooManyFailures(PipelineError):
     """More than max_failed_fraction of the images failed, so nothing was loaded."""
 
 
 class MixedModels(PipelineError):
     """The table already holds vectors of other weights under this key."""
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn the errors of a file system that a user can mend into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        expected, hint = _STORAGE[error.errno]
+        where = os.fsdecode(error.filename or "")
+        raise StorageError(expected, os.strerror(error.errno).lower(), where, hint) from None

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--state", default="{}", help="JSON: the source state, kept as metadata")
     settings.add_flags(
         parser, "limit_listings", "force", "source", "model_rev", "pca_rev", "cache_dir",
-        "follow_symlinks", "max_image_bytes", "max_image_pixels",
+        "lock_timeout_s", "follow_symlinks", "max_image_bytes", "max_image_pixels",
     )  # fmt: skip
     args = parser.parse_args()
     chosen = settings.from_flags(args)

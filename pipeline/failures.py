@@ -8,12 +8,14 @@ deleting it makes the next run try them again, no more.
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline import parquet
+from pipeline.command import log
 from pipeline.photo_files import PhotoError, PhotoFolder
 from pipeline.settings import Settings
 
@@ -57,19 +59,23 @@ def remember(
     `tried` holds the (generation, listing_id, ISO edited_date) of every exported listing.
     """
     failed = json.loads(report.read_text())["listings_without_vector"]
+    waits = [{**listing, "policy": _policy(chosen)} for listing in failed]
+    newest = {(generation, row): edited for generation, row, edited in sorted(tried)}
     path = Path(chosen.cache_dir) / LEDGER
-    with _locked(path):
-        ledger = _read(path.parent)
-        newest = {(generation, row): edited for generation, row, edited in sorted(tried)}
-        kept = [  # what was tried is replaced, and so are its earlier edits
-            listing
-            for listing in ledger.get(_identity_key(identity), [])
-            if listing["edited_date"]
-            > newest.get((listing["generation"], listing["listing_id"]), "")
-        ]
-        waits = kept + [{**listing, "policy": _policy(chosen)} for listing in failed]
-        ledger[_identity_key(identity)] = waits
-        parquet.write_json(path, {key: value for key, value in ledger.items() if value})
+    try:
+        with _locked(path):
+            ledger = _read(path.parent)
+            waits += [  # what was tried is replaced, and so are its earlier edits
+                listing
+                for listing in ledger.get(_identity_key(identity), [])
+                if listing["edited_date"]
+                > newest.get((listing["generation"], listing["listing_id"]), "")
+            ]
+            ledger[_identity_key(identity)] = waits
+            parquet.write_json(path, {key: value for key, value in ledger.items() if value})
+    except OSError as error:  # the rows are in the table: at stake is a retry too many
+        reason = os.strerror(error.errno) if error.errno else error
+        log.warning("%s cannot be written: %s", path, reason)
     return len(waits)
 
 

@@ -19,10 +19,11 @@ from typing import NoReturn
 import psutil
 
 RUN = "LISTING_VECTORS_RUN"  # the process id of the Snakemake that started the stage
-GRACE_S = 3.0  # to unwind after a signal; a call into the database may take longer
+GRACE_S = 5.0  # to unwind after a signal; a call into the database may take longer
 POLL_S = 0.25
 
 _unfinished: set[Path] = set()
+_runs: list[psutil.Process] = []  # the one that this stage belongs to; none by hand
 
 
 def mark_run() -> None:
@@ -66,7 +67,18 @@ def guard(stage: str) -> None:
     os.set_blocking(wake, False)
     # Written to as the signal arrives, also while the main thread is inside a C library.
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(stage, _run(), arrived), daemon=True).start()
+    if RUN in os.environ:
+        try:
+            _runs[:] = [psutil.Process(int(os.environ[RUN]))]
+        except psutil.NoSuchProcess:
+            _leave(1)
+    threading.Thread(target=_watch, args=(stage, arrived), daemon=True).start()
+
+
+def check() -> None:
+    """Leave if the run that this stage belongs to is gone."""
+    if any(_is_gone(run) for run in _runs):
+        _leave(1)
 
 
 def _unwind(signum: int, frame: FrameType | None) -> None:
@@ -75,25 +87,14 @@ def _unwind(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _watch(stage: str, run: psutil.Process | None, arrived: int) -> None:
+def _watch(stage: str, arrived: int) -> None:
     while not select.select([arrived], [], [], POLL_S)[0]:
-        if run is not None and _is_gone(run):
-            _leave(1, "")
+        check()
     signum = os.read(arrived, 1)[0]
     with suppress(OSError):
         print(f"{stage}: stopped by {signal.Signals(signum).name}", file=sys.stderr, flush=True)
     time.sleep(GRACE_S)
     _leave(128 + signum)
-
-
-def _run() -> psutil.Process | None:
-    """The run that this stage belongs to; None for one that a person started."""
-    if RUN not in os.environ:
-        return None
-    try:
-        return psutil.Process(int(os.environ[RUN]))
-    except psutil.NoSuchProcess:
-        _leave(1)
 
 
 def _is_gone(run: psutil.Process) -> bool:

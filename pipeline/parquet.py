@@ -4,10 +4,12 @@ Every file carries one JSON document under the key `listing_vectors` that says w
 state, settings and encoder made it.
 """
 
+import fcntl
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import lifetime
 from pipeline.errors import DataError
 
 KEY = b"listing_vectors"
@@ -86,17 +89,51 @@ def dimension(schema: pa.Schema) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary name beside `path`, renamed to it when the block ends without an error.
+
+    An OSError that names no file gets this one's name. What killed writers of `path` have left
+    is removed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        with lifetime.unfinished(temporary), _held(temporary) as descriptor:
+            try:
+                yield temporary
+                os.fsync(descriptor)
+                lifetime.check()
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[int]:
+    """Create a temporary file and hold its lock: the sign that its writer lives."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # a file system without locks: then nothing is removed either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not temporary.exists():  # taken for abandoned between the two lines above
+                continue
+            yield descriptor
+            return
+        finally:
+            os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove the temporary files that no living process holds; safe beside running writers."""
+    for path in folder.glob(pattern):
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @contextmanager

@@ -78,7 +78,8 @@ _WITH_FEATURES = """
     GROUP BY 1, 2, 3, 4, 5"""
 
 _ORDER = """
-    ORDER BY edited_date DESC, listing_id, generation, image_index, storage_path COLLATE "C" """
+    ORDER BY edited_date DESC, listing_id, generation, image_index,
+             i.storage_path::text COLLATE "C" """
 
 _COLUMNS = {
     "listings": ("generation", "listing_id", "edited_date", "url", "spam"),
@@ -123,6 +124,8 @@ def prepare(
             "feature_version": environment.feature_version,
         },
     )
+    timeout = f"{chosen.lock_timeout_s}s"
+    database.fetch(cursor, "SELECT set_config('lock_timeout', $1, true)", (timeout,))
     names = {t: database.quoted(getattr(environment, t)) for t in ("listings", "images", "vectors")}
     names["features"] = database.quoted(environment.features)
     candidates = _WITH_FEATURES if has_table(cursor, environment.features) else _NO_FEATURES

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from pipeline import database, failures, parquet, source, target
-from pipeline.errors import DatabaseUnreachable, PipelineError, SettingsError
+from pipeline import database, failures, lifetime, parquet, source, target
+from pipeline.errors import DatabaseUnreachable, PipelineError, SettingsError, storage_errors
 from pipeline.model import Model, find_model
 from pipeline.settings import Environment, Settings
 
@@ -47,7 +47,8 @@ def one_line_errors(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return function(*args, **kwargs)
+            with storage_errors():
+                return function(*args, **kwargs)
         except PipelineError as error:
             raise SystemExit(f"error: {error}") from None
 
@@ -228,6 +229,7 @@ def run_this_checkout() -> None:
     """Let the rules' `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake."""
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    lifetime.mark_run()
 
 
 def lock_folder() -> None:
