@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import adbc_driver_postgresql.dbapi as adbc
 import pytest
 from PIL import Image
 
+from pipeline import target
 from pipeline.demo import postgres
 from pipeline.demo.encoder import random_encoder
+from pipeline.settings import Environment
 
 REPOSITORY = Path(__file__).parent.parent
 T0 = "2026-01-01 12:00:00.000001+00"
@@ -154,13 +157,14 @@ class Workspace:
         self, *words: str, config: Mapping[str, Any] | None = None, env: Mapping[str, str] = {}
     ) -> Run:
         """Run Snakemake to its end."""
-        return self._run(self.command(*words, config=config), env)
+        return self.execute(self.command(*words, config=config), env)
 
     def python(self, *words: str, env: Mapping[str, str] = {}) -> Run:
         """Run `python` with these words in this folder."""
-        return self._run([sys.executable, *words], env)
+        return self.execute([sys.executable, *words], env)
 
-    def _run(self, words: list[str], env: Mapping[str, str]) -> Run:
+    def execute(self, words: list[str], env: Mapping[str, str]) -> Run:
+        """Run a command in this folder to its end."""
         done = subprocess.run(
             words,
             cwd=self.folder,
@@ -187,12 +191,42 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def empty_database(server: Path) -> Iterator[Database]:
-    """A database with pgvector and nothing else."""
+@contextmanager
+def new_database(server: Path) -> Iterator[Database]:
+    """A database with pgvector and nothing else, dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     yield Database(postgres.create_database(server, name))
     Database(postgres.dsn(server)).execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def new_environment(dsn: str) -> dict[str, str]:
+    """The environment of a run, with nothing of the caller's settings in it."""
+    names = ("PG", "IMAGE_", "LISTINGS_", "ASSETS_", "ML_SCHEMA", "VECTORS_", "SNAKEMAKE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    return {**kept, "PG_DSN": dsn, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def create_tables(database: Database, dimension: int = 512) -> None:
+    """The three input tables and the target, under their default names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PG_DSN", database.dsn)
+        target.create_tables(Environment.read({}), dimension, inputs=True)
+
+
+def new_workspace(folder: Path, database: Database, encoder: Path) -> Workspace:
+    """A new folder where the job can run; Snakefile, profile and code are the repository's."""
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "config.yaml", folder)
+    space = Workspace(folder, database, encoder, new_environment(database.dsn))
+    space.photos.mkdir()
+    return space
+
+
+@pytest.fixture
+def empty_database(server: Path) -> Iterator[Database]:
+    """A database with pgvector and nothing else."""
+    with new_database(server) as database:
+        yield database
 
 
 @pytest.fixture(scope="session")
@@ -204,34 +238,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(empty_database: Database) -> dict[str, str]:
     """The environment of a run, with nothing of the caller's settings in it."""
-    names = ("PG", "IMAGE_", "LISTINGS_", "ASSETS_", "ML_SCHEMA", "VECTORS_", "SNAKEMAKE")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
-    return {
-        **kept,
-        "PG_DSN": empty_database.dsn,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+    return new_environment(empty_database.dsn)
 
 
 @pytest.fixture
-def database(empty_database: Database, environment: dict[str, str]) -> Database:
+def database(empty_database: Database) -> Database:
     """A database with the three input tables and the target, all empty."""
-    subprocess.run(
-        [sys.executable, "-m", "pipeline", "create-table", "--all", "--dimension", "512"],
-        env=environment, cwd=REPOSITORY, check=True, capture_output=True,
-    )  # fmt: skip
+    create_tables(empty_database)
     return empty_database
 
 
 @pytest.fixture
-def workspace(
-    tmp_path: Path, database: Database, encoder: Path, environment: dict[str, str]
-) -> Workspace:
+def workspace(tmp_path: Path, database: Database, encoder: Path) -> Workspace:
     """A folder where the job can run; its Snakefile, profile and code are the repository's."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    shutil.copy(REPOSITORY / "config.yaml", folder)
-    space = Workspace(folder, database, encoder, environment)
-    space.photos.mkdir()
-    return space
+    return new_workspace(tmp_path / "work", database, encoder)

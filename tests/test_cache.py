@@ -1,5 +1,6 @@
 """The vector cache: what it finds, whoever else reads, writes and prunes at the same time."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -341,16 +342,16 @@ def test_prune_keeps_within_limits(folder: Path) -> None:
 
 
 def test_prune_removes_what_killed_writers_left(folder: Path) -> None:
-    """Old temporary files go, those of a running writer stay."""
+    """Temporary files that nobody holds go, those of a running writer stay."""
     with VectorCache(folder, DIM) as cache:
         put(cache, "a1")
-    for name, age in (("old", 7_200), ("new", 0)):
-        file = folder / f".part-1-1-1.parquet.{name}.tmp"
-        file.write_bytes(b"half")
-        os.utime(file, (time.time() - age,) * 2)
-    prune(folder.parent.parent)
+    for name in ("killed", "running"):
+        (folder / f".part-1-1-1.parquet.{name}.tmp").write_bytes(b"half")
+    with open(folder / ".part-1-1-1.parquet.running.tmp") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        prune(folder.parent.parent)
 
-    assert [file.name for file in folder.glob(".*")] == [".part-1-1-1.parquet.new.tmp"]
+    assert [file.name for file in folder.glob(".*")] == [".part-1-1-1.parquet.running.tmp"]
 
 
 def test_each_fingerprint_has_its_folder_and_says_what_made_it(tmp_path: Path) -> None:

@@ -65,12 +65,8 @@ def test_the_best_scores_are_ranked_first() -> None:
 
 def test_ties_go_to_the_lower_image_index() -> None:
     """Among equal scores the lower image_index comes first, then the storage_path."""
-    actual = chosen(
-        candidate(2, 10), candidate(0, 10), candidate(1, 10), candidate(-1, 0), topk=3
-    )
-    same_index = select_images(
-        frame(candidate(0, path="b"), candidate(0, path="a")), 1, True, True
-    )
+    actual = chosen(candidate(2, 10), candidate(0, 10), candidate(1, 10), candidate(-1, 0), topk=3)
+    same_index = select_images(frame(candidate(0, path="b"), candidate(0, path="a")), 1, True, True)
 
     assert [(1, 0, 1, False), (1, 1, 2, False), (1, 2, 3, False)] == actual
     assert ["a"] == same_index["storage_path"].to_list()
@@ -145,7 +141,7 @@ def test_a_shard_depends_on_the_listing_alone() -> None:
     again = ids.reverse().select(shard_of(pl.col("id"), 4))["id"].to_list()
     spread = gapped.select(shard_of(pl.col("id"), 4))["id"].value_counts()["count"].to_list()
 
-    assert [3, 2, 1, 0, 0, 0, 0] == fixed
+    assert [0, 1, 2, 0, 3, 3, 0] == fixed
     assert fixed[::-1] == again
     assert 4 == len(spread)
     assert min(spread) > 900
@@ -184,10 +180,10 @@ def test_all_images_of_a_listing_are_in_one_shard(tmp_path: Path) -> None:
     write_export(tmp_path, rows, 3)
 
     assert [
-        [],
-        [(3, 1), (3, 2)],
-        [(2, 1), (2, 2)],
         [(1, 1), (1, 2)],
+        [(2, 1), (2, 2)],
+        [(3, 1), (3, 2)],
+        [],
     ] == rows_of(run(tmp_path, 4))
 
 
@@ -210,7 +206,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_shards_of_another_split_are_removed(tmp_path: Path) -> None:
-    """A new number of shards leaves none of the old ones, here or in encode, and nothing else goes."""
+    """A new number of shards leaves none of the old ones, here or in encode; all else stays."""
     write_export(tmp_path, [candidate(0)], 1)
     encode = tmp_path / "encode"
     encode.mkdir()

@@ -1,23 +1,631 @@
 """Whole runs of Snakemake: what runs, what is written, what reruns."""
 
-from conftest import Workspace
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import (
+    REPOSITORY,
+    Database,
+    Run,
+    Workspace,
+    create_tables,
+    new_database,
+    new_environment,
+    new_workspace,
+)
+
+from pipeline import parquet
+from pipeline.demo import postgres
+from pipeline.demo.encoder import random_encoder
+
+STAGES = ["aggregate", "encode", "export", "load", "select"]
+AFTER_SELECT = ["aggregate", "encode", "load", "select"]
+AFTER_ENCODE = ["aggregate", "encode", "load"]
+LATER = "2026-02-02 12:00:00.000002+00"
+NOBODY = "postgresql://nobody@127.0.0.1:1/none"
 
 
-def two_listings(workspace: Workspace) -> None:
-    for listing, colour in ((1, "red"), (2, "blue")):
-        paths = [workspace.photo(f"{listing}/{i}.jpg", colour, (40 + i, 36)) for i in range(2)]
-        workspace.database.add_listing(listing, paths)
+def new_listing(workspace: Workspace, listing: int, photos: int = 2, **columns: Any) -> None:
+    """A listing with photos of its own: no two files have the same bytes."""
+    names = [f"{listing}/{index}.jpg" for index in range(photos)]
+    for index, name in enumerate(names):
+        workspace.photo(name, "red", (40 + listing, 36 + index))
+    workspace.database.add_listing(listing, [*names], **columns)
 
 
-def test_a_second_run_does_nothing(workspace: Workspace) -> None:
-    """The first run embeds every listing; the second starts no job and writes no row."""
-    two_listings(workspace)
-    first = workspace.run()
-    rows = workspace.database.vectors()
-    second = workspace.run()
+def listings(workspace: Workspace) -> list[tuple[Any, ...]]:
+    """(listing_id, edited_date, n_images) of the target's rows."""
+    return workspace.database.vectors("listing_id, edited_date, n_images")
 
-    assert first.rules == ["aggregate", "encode", "export", "load", "select"]
-    assert [row[0] for row in rows] == [1, 2]
-    assert second.rules == []
-    assert "Nothing to be done" in second.output
-    assert workspace.database.vectors() == rows
+
+def encoded(workspace: Workspace) -> dict[str, int]:
+    """What the last encode did with its images, over all shards; zeros left out."""
+    total: dict[str, int] = {}
+    for path in (workspace.results / "encode").glob("*.json"):
+        shard = json.loads(path.read_text())
+        for how, count in (
+            {"encoded": shard["encoded"]} | shard["saved"] | shard["failed"]
+        ).items():
+            total[how] = total.get(how, 0) + count
+    return {how: count for how, count in total.items() if count}
+
+
+def receipt(workspace: Workspace) -> dict[str, int]:
+    """The counts in the receipt of the last load."""
+    document = json.loads((workspace.results / "load/receipt.json").read_text())
+    return {name: document[name] for name in ("inserted", "updated", "unchanged", "waiting")}
+
+
+def error_of(run: Run) -> str:
+    """The one line with which a failed run said why; no traceback is anywhere in its output."""
+    assert run.code != 0, run.output
+    assert "Traceback" not in run.output, run.output
+    found = re.findall(r"^error(?: in \w+)?: (.*)$", run.output, re.M)
+    assert 1 == len(found), run.output
+    return str(found[0])
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file below a folder, with its mtime."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def fork_of(original: Workspace, folder: Path) -> Iterator[Workspace]:
+    """A copy of a workspace: its folder with all mtimes, and its database."""
+    shutil.copytree(original.folder, folder)
+    server = Path(re.findall(r"host=([^&]+)", original.database.dsn)[0].replace("%2F", "/"))
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    template = re.findall(r"/([^/?]+)\?", original.database.dsn)[0]
+    admin = Database(postgres.dsn(server))
+    admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    database = Database(postgres.dsn(server, name))
+    yield Workspace(
+        folder, database, original.encoder, new_environment(database.dsn), dict(original.config)
+    )
+    admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="module")
+def first_run(
+    server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Workspace, Run]]:
+    """A finished run: listings 1 and 2 are in the table, 3 waits for its two files."""
+    with new_database(server) as database:
+        create_tables(database)
+        workspace = new_workspace(tmp_path_factory.mktemp("finished") / "work", database, encoder)
+        new_listing(workspace, 1)
+        new_listing(workspace, 2)
+        workspace.database.add_listing(3, ["3/0.jpg", "3/1.jpg"])
+        yield workspace, workspace.run()
+
+
+@pytest.fixture
+def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
+    """A copy of the finished run, to go on with."""
+    yield from fork_of(first_run[0], tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def unused(
+    server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workspace]:
+    """A workspace with one listing to embed, for runs that must not touch it."""
+    with new_database(server) as database:
+        create_tables(database)
+        workspace = new_workspace(tmp_path_factory.mktemp("unused") / "work", database, encoder)
+        new_listing(workspace, 1)
+        yield workspace
+
+
+@pytest.fixture
+def fresh(unused: Workspace, tmp_path: Path) -> Iterator[Workspace]:
+    """A copy of the unused workspace."""
+    yield from fork_of(unused, tmp_path / "work")
+
+
+def test_a_run_embeds_every_pending_listing(first_run: tuple[Workspace, Run]) -> None:
+    """Each stage runs; every listing with a readable image has its row; the receipt says so."""
+    workspace, run = first_run
+
+    assert STAGES == run.rules
+    assert [
+        (1, "2026-01-01 12:00:00.000001+00", 2),
+        (2, "2026-01-01 12:00:00.000001+00", 2),
+    ] == listings(workspace)
+    assert {"encoded": 4, "missing": 2} == encoded(workspace)
+    assert {"inserted": 2, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(workspace)
+    assert "load       2 inserted, 0 updated, 0 unchanged, 1 listings wait" in run.output
+
+
+def test_a_second_run_does_nothing(finished: Workspace) -> None:
+    """Nothing pending, or waiting files that are still missing: no job, no row, no file."""
+    rows, before = finished.database.vectors(), files(finished.results)
+    run = finished.run()
+
+    assert [] == run.rules
+    assert "Nothing to be done" in run.output
+    assert rows == finished.database.vectors()
+    assert before == files(finished.results)
+
+
+def sql(statement: str) -> Callable[[Workspace], object]:
+    return lambda workspace: workspace.database.execute(statement)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "config", "expected"),
+    [
+        (None, [], {}, []),
+        (lambda w: new_listing(w, 4), [], {}, STAGES),
+        (lambda w: w.database.edit(1, LATER), [], {}, STAGES),
+        (lambda w: w.database.add_image(3, 2, "3/2.jpg"), [], {}, STAGES),
+        (lambda w: w.database.add_features(3, 0, quality=1), [], {}, STAGES),
+        (lambda w: w.database.add_image(1, 2, "1/2.jpg"), [], {}, []),
+        (lambda w: w.database.add_features(1, 0, stock=True), [], {}, []),
+        (sql("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2"), [], {}, STAGES),
+        (lambda w: w.photo("3/1.jpg"), [], {}, STAGES),
+        (lambda w: w.photo("1/0.jpg", "blue"), [], {}, []),
+        (None, [], {"topk": 1}, AFTER_SELECT),
+        (None, [], {"exclude_stock": False}, AFTER_SELECT),
+        (None, [], {"exclude_screenshots": False}, AFTER_SELECT),
+        (None, [], {"shards": 3}, AFTER_SELECT),
+        (None, ["--set-scatter", "encode=3"], {}, AFTER_SELECT),
+        (None, [], {"precision": "bf16"}, AFTER_ENCODE),
+        (None, [], {"decode": "scaled"}, AFTER_ENCODE),
+        (None, [], {"apply_exif_orientation": False}, AFTER_ENCODE),
+        (None, [], {"source": "other"}, STAGES),
+        (None, [], {"pca_rev": "other"}, STAGES),
+        (None, [], {"model_rev": "other"}, STAGES),
+        (None, [], {"max_failed_fraction": 0.9}, ["load"]),
+        (None, [], {"limit_listings": 1}, []),
+        (
+            None,
+            ["--cores", "1"],
+            {"batch_size": 1, "num_workers": 1, "device": "cpu", "memory_mb": 999,
+             "lock_timeout_s": 9, "benchmark_images": 9},
+            [],
+        ),
+        (None, ["--forcerun", "export"], {"force": True}, STAGES),
+    ],
+    ids=[
+        "nothing", "listing", "edit", "waiting-image-row", "waiting-feature-row",
+        "done-image-row", "done-feature-row", "deleted", "file-arrives", "done-file", "topk",
+        "exclude_stock", "exclude_screenshots", "shards", "set-scatter", "precision", "decode",
+        "orientation", "source", "pca_rev", "model_rev", "max_failed_fraction", "limit", "speed",
+        "force",
+    ],
+)  # fmt: skip
+def test_what_reruns_when(
+    finished: Workspace,
+    change: Callable[[Workspace], object] | None,
+    words: list[str],
+    config: Mapping[str, Any],
+    expected: list[str],
+) -> None:
+    """A change reruns the first stage that it concerns and those after it, and no other."""
+    if change:
+        change(finished)
+
+    assert expected == finished.run("-n", *words, config=config).rules
+
+
+def test_another_encoder_reruns_everything(finished: Workspace, tmp_path: Path) -> None:
+    """Other weights are another key: all listings are pending; a copied folder is the same one."""
+    other = random_encoder(tmp_path / "other", seed=2)
+    copy = tmp_path / "copy" / finished.encoder.name
+    shutil.copytree(finished.encoder, copy)
+
+    assert STAGES == finished.run("-n", config={"model_name": f"local-dir:{other}"}).rules
+    assert "export" not in finished.run("-n", config={"model_name": f"local-dir:{copy}"}).rules
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the code, with mtimes of now."""
+    shutil.copytree(
+        REPOSITORY / "pipeline",
+        folder / "pipeline",
+        ignore=shutil.ignore_patterns("__pycache__", "demo"),
+        copy_function=shutil.copyfile,
+    )
+    shutil.copytree(REPOSITORY / "profiles", folder / "profiles")
+    for name in ("Snakefile", "environment.yml"):
+        shutil.copyfile(REPOSITORY / name, folder / name)
+    return folder
+
+
+def run_of(workspace: Workspace, code: Path, *words: str, dsn: str = "") -> Run:
+    """A run with another checkout of the code."""
+    here, there = f"{REPOSITORY}/", f"{code}/"
+    python, *command = workspace.command(*words)
+    command = [w.replace(here, there) if w.startswith(here) else w for w in command]
+    env = {"PYTHONPATH": str(code)} | ({"PG_DSN": dsn} if dsn else {})
+    return workspace.execute([python, *command], env)
+
+
+def test_an_edit_to_a_stage_reruns_it(finished: Workspace, tmp_path: Path) -> None:
+    """A stage's own code reruns that stage and what follows; other code and mtimes nothing."""
+    code = checkout(tmp_path / "code")
+    reran = {"": run_of(finished, code, "-n").rules}
+    for module in ("source", "select", "image", "aggregate", "load", "summary", "command"):
+        file = code / "pipeline" / f"{module}.py"
+        text = file.read_text()
+        file.write_text(text + "\n# an edit\n")
+        reran[module] = run_of(finished, code, "-n").rules
+        file.write_text(text)
+
+    assert {
+        "": [],
+        "source": STAGES,
+        "select": AFTER_SELECT,
+        "image": AFTER_ENCODE,
+        "aggregate": ["aggregate", "load"],
+        "load": ["load"],
+        "summary": [],
+        "command": [],
+    } == reran
+
+
+def test_an_edited_listing_is_embedded_again(finished: Workspace) -> None:
+    """One edit: one listing under its new date, from the cache; every other row stays as it was."""
+    rows = finished.database.vectors()
+    finished.database.edit(1, LATER)
+    finished.run()
+    after = finished.database.vectors()
+
+    assert [(1, LATER), *[row[:2] for row in rows]] == sorted(
+        [row[:2] for row in after], key=lambda row: row[1] != LATER
+    )
+    assert rows == [row for row in after if row[1] != LATER]
+    assert {"same file": 2} == encoded(finished)
+    assert {"inserted": 1, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(finished)
+
+
+def test_a_row_deleted_from_the_table_comes_back(finished: Workspace) -> None:
+    """It is pending again, and its vector is the same, from the cache."""
+    before = finished.database.vectors("listing_id, vec")
+    finished.database.execute("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2")
+    finished.run()
+
+    assert before == finished.database.vectors("listing_id, vec")
+    assert {"same file": 2} == encoded(finished)
+    assert {"inserted": 1, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(finished)
+    assert [] == finished.run("-n").rules
+
+
+def test_force_embeds_and_writes_all_again(finished: Workspace) -> None:
+    """With force each image is encoded and each row written, each time; vectors stay the same."""
+    rows = [finished.database.vectors("listing_id, vec, updated_at")]
+    for _ in range(2):
+        run = finished.run("--forcerun", "export", config={"force": True})
+        assert STAGES == run.rules
+        assert {"encoded": 4, "missing": 2} == encoded(finished)
+        assert {"inserted": 0, "updated": 2, "unchanged": 0, "waiting": 1} == receipt(finished)
+        rows.append(finished.database.vectors("listing_id, vec, updated_at"))
+
+    assert rows[0] != rows[1] != rows[2]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[2]]
+    assert all(a[2] < b[2] for a, b in zip(rows[1], rows[2], strict=True))
+
+
+def test_the_dry_run_writes_no_row(finished: Workspace) -> None:
+    """`vectors` stops before the load; `all` then has nothing left to do but load."""
+    new_listing(finished, 4)
+    rows, loaded = finished.database.vectors(), files(finished.results / "load")
+    run = finished.run("vectors")
+
+    assert ["aggregate", "encode", "export", "select"] == run.rules
+    assert rows == finished.database.vectors()
+    assert loaded == files(finished.results / "load")
+    assert [4] == (
+        pq.read_table(finished.results / "export/listings.parquet")["listing_id"].to_pylist()
+    )
+    assert ["load"] == finished.run("-n").rules
+
+
+def test_another_number_of_shards_leaves_no_stale_file(finished: Workspace) -> None:
+    """When 1 shard becomes 3, select and encode hold those 3; nothing is encoded or written."""
+    rows = finished.database.vectors()
+    finished.run(config={"shards": 3})
+    shards = [f"{number}-of-3" for number in (1, 2, 3)]
+
+    assert [f"{shard}.parquet" for shard in shards] == sorted(files(finished.results / "select"))
+    assert sorted(f"{shard}.{kind}" for shard in shards for kind in ("json", "parquet")) == sorted(
+        files(finished.results / "encode")
+    )
+    assert rows == finished.database.vectors()
+    assert {"same file": 4, "missing": 2} == encoded(finished)
+
+
+def test_the_benchmark_touches_neither_table_nor_cache(finished: Workspace) -> None:
+    """It encodes every image itself, writes its report, and no row, cache entry or result."""
+    rows, cache = finished.database.vectors(), files(finished.folder / "cache")
+    results = files(finished.results)
+    run = finished.run("benchmark", config={"benchmark_images": 3})
+    after = files(finished.results)
+    report = json.loads((finished.results / "benchmark/benchmark.json").read_text())
+
+    assert ["benchmark"] == run.rules
+    assert rows == finished.database.vectors()
+    assert cache == files(finished.folder / "cache")
+    assert ["benchmark/benchmark.json"] == sorted(after.keys() - results.keys())
+    assert results == {name: mtime for name, mtime in after.items() if name in results}
+    assert report["images_per_second"] > 0
+    assert {"read_s", "decode_s", "encode_s", "binding_stage"} <= report.keys()
+
+
+def test_a_file_that_arrives_is_embedded(finished: Workspace) -> None:
+    """Of the waiting listing what can be read now makes its vector; nothing else is touched."""
+    rows = finished.database.vectors()
+    finished.photo("3/1.jpg", "green")
+    finished.run()
+
+    assert rows == finished.database.vectors()[:2]
+    assert [(3, "2026-01-01 12:00:00.000001+00", 1)] == listings(finished)[2:]
+    assert {"encoded": 1, "missing": 1} == encoded(finished)
+    assert {"inserted": 1, "updated": 0, "unchanged": 0, "waiting": 0} == receipt(finished)
+    assert [] == finished.run("-n").rules
+
+
+def test_a_broken_file_is_tried_again_when_it_is_replaced(finished: Workspace) -> None:
+    """A listing of broken files waits; a new file in the place of one ends the wait."""
+    finished.database.add_listing(4, ["4/0.jpg"])
+    (finished.photos / "4").mkdir()
+    (finished.photos / "4/0.jpg").write_bytes(b"no image")
+    first = finished.run()
+    waits = receipt(finished)
+    second = finished.run("-n")
+    finished.photo("4/0.jpg")
+    finished.run()
+
+    assert STAGES == first.rules
+    assert {"inserted": 0, "updated": 0, "unchanged": 0, "waiting": 2} == waits
+    assert [] == second.rules
+    assert [1, 2, 4] == [row[0] for row in listings(finished)]
+    assert {"encoded": 1} == encoded(finished)
+    assert 1 == receipt(finished)["waiting"]
+
+
+def test_a_limited_run_leaves_the_rest_to_the_next(finished: Workspace) -> None:
+    """Newest first up to limit_listings; the next runs take the rest; who waits takes no place."""
+    for listing, edited in ((4, "2026-03-01"), (5, "2026-03-03"), (6, "2026-03-02")):
+        new_listing(finished, listing, 1, edited_date=f"{edited} 00:00:00+00")
+    embedded = []
+    for _ in range(2):
+        finished.run(config={"limit_listings": 2})
+        embedded.append([row[0] for row in listings(finished)])
+
+    assert [[1, 2, 5, 6], [1, 2, 4, 5, 6]] == embedded
+    assert [] == finished.run("-n", config={"limit_listings": 2}).rules
+
+
+def test_a_wrong_image_root_stops_before_the_load(finished: Workspace, tmp_path: Path) -> None:
+    """Too many failures: one line, nothing written; with the right root the run goes through."""
+    new_listing(finished, 4)
+    new_listing(finished, 5)
+    rows = finished.database.vectors()
+    (tmp_path / "empty").mkdir()
+    wrong = finished.snakemake(env={"IMAGE_ROOT_DIR": str(tmp_path / "empty")})
+    untouched = finished.database.vectors()
+    right = finished.run()
+
+    assert (
+        "expected at most 50% of the images to fail (max_failed_fraction), found 4 of 4: 4 missing"
+        " (nothing was loaded); hint: check IMAGE_ROOT_DIR; results/encode/*.parquet has each"
+        " image's error"
+    ) == error_of(wrong)
+    assert rows == untouched
+    assert STAGES == right.rules
+    assert [1, 2, 4, 5] == [row[0] for row in listings(finished)]
+
+
+def test_an_image_root_that_is_not_there_is_one_line(finished: Workspace) -> None:
+    """A missing folder is refused before any image is read, and nothing is written."""
+    new_listing(finished, 4)
+    run = finished.snakemake(env={"IMAGE_ROOT_DIR": "nowhere"})
+
+    assert (
+        "expected a folder of images at IMAGE_ROOT_DIR, found none (nowhere);"
+        " hint: export IMAGE_ROOT_DIR=/path/to/images"
+    ) == error_of(run)
+    assert [1, 2] == [row[0] for row in listings(finished)]
+
+
+@pytest.mark.parametrize("night", ["first", "second"])
+def test_two_stages_on_two_machines(
+    first_run: tuple[Workspace, Run], finished: Workspace, tmp_path: Path, night: str
+) -> None:
+    """Selected at home, encoded where no database is, loaded at home: the same table, no rerun."""
+    home, direct = finished, first_run[0].database.vectors("listing_id, edited_date, vec, n_images")
+    if night == "first":
+        for name in ("results", ".snakemake", "cache"):
+            shutil.rmtree(home.folder / name)
+        home.database.execute("TRUNCATE ml.img_vec512_v1")
+    else:
+        home.database.execute("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2")
+    selected = home.run("selected")
+
+    away = Workspace(tmp_path / "away", home.database, home.encoder, home.env, home.config)
+    shutil.copytree(home.results, away.results)
+    shutil.copytree(home.photos, away.photos)
+    shutil.copy(home.folder / "config.yaml", away.folder)
+    code = checkout(tmp_path / "code")  # its files are newer than the results
+    planned = run_of(away, code, "-n", "vectors", dsn=NOBODY)
+    encoded_away = run_of(away, code, "vectors", dsn="none")
+    again = run_of(away, code, "-n", "vectors", dsn="none")
+
+    shutil.copytree(away.results, home.results, dirs_exist_ok=True)
+    loaded = home.run()
+
+    assert ["export", "select"] == selected.rules
+    assert (0, ["aggregate", "encode"]) == (planned.code, planned.rules), planned.output
+    assert (0, ["aggregate", "encode"]) == (encoded_away.code, encoded_away.rules)
+    assert [] == again.rules
+    assert ["load"] == loaded.rules
+    assert direct == home.database.vectors("listing_id, edited_date, vec, n_images")
+    assert [] == home.run("-n").rules
+
+
+def test_the_load_needs_a_database(finished: Workspace) -> None:
+    """Where PG_DSN is none the target `all` is refused with the name of the one that works."""
+    assert (
+        "expected PG_DSN of a database to load into, found none;"
+        " hint: the target without is: vectors"
+    ) == error_of(finished.snakemake(env={"PG_DSN": "none"}))
+
+
+def test_an_empty_database_is_nothing_to_do(fresh: Workspace) -> None:
+    """No listings, or none with an image: `all` runs no job; `vectors` makes files without rows."""
+    fresh.database.execute('TRUNCATE "iPhone".iphone_listings, "iPhone".iphone_image_assets')
+    fresh.database.add_listing(1)
+    everything = fresh.run()
+    vectors = fresh.run("vectors", config={"shards": 2})
+    paths = sorted(fresh.results.rglob("*.parquet"))
+
+    assert [] == everything.rules
+    assert "Nothing is pending" in everything.output
+    assert ["aggregate", "encode", "export", "select"] == vectors.rules
+    assert 7 == len(paths)
+    assert 0 == parquet.rows(paths)
+    assert [] == fresh.database.vectors()
+
+
+def test_one_listing_in_many_shards(fresh: Workspace) -> None:
+    """A single listing goes through more shards than it can fill, and then nothing is left."""
+    run = fresh.run(config={"shards": 3})
+
+    assert STAGES == run.rules
+    assert [(1, "2026-01-01 12:00:00.000001+00", 2)] == listings(fresh)
+    assert [] == fresh.run("-n", config={"shards": 3}).rules
+
+
+def test_a_single_listing_without_files_waits(fresh: Workspace) -> None:
+    """One listing alone is no reason to stop: no row, a receipt, and nothing to do afterwards."""
+    shutil.rmtree(fresh.photos / "1")
+    fresh.run()
+
+    assert {"inserted": 0, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(fresh)
+    assert [] == fresh.database.vectors()
+    assert [] == fresh.run("-n").rules
+
+
+def test_a_table_that_is_full_already_needs_no_run(finished: Workspace, tmp_path: Path) -> None:
+    """In a new folder, with every listing in the table, there is nothing to do."""
+    new = new_workspace(tmp_path / "new", finished.database, finished.encoder)
+    finished.database.execute('DELETE FROM "iPhone".iphone_listings WHERE listing_id = 3')
+    run = new.run()
+
+    assert [] == run.rules
+    assert "Nothing is pending" in run.output
+    assert not new.results.exists()
+
+
+BAD = {
+    "no answer": (
+        {"env": {"PG_DSN": NOBODY}},
+        "expected a connection to PG_DSN, found nothing that answers;"
+        " hint: is the server running, and are host and port right?",
+    ),
+    "no DSN": ({"env": {"PG_DSN": ""}}, "expected PG_DSN in the environment, found nothing;"),
+    "malformed DSN": (
+        {"env": {"PG_DSN": "postgres//secret"}},
+        "expected PG_DSN: a Postgres connection string, URL or keyword=value form, found",
+    ),
+    "table": (
+        {"sql": 'DROP TABLE "iPhone".iphone_listings'},
+        'expected the listings table "iPhone"."iphone_listings", found no such table or view;',
+    ),
+    "column": (
+        {"sql": 'ALTER TABLE "iPhone".iphone_listings DROP COLUMN spam'},
+        "expected column spam in the listings table, found columns",
+    ),
+    "target": (
+        {"env": {"VECTORS_TABLE": "other"}},
+        'expected the target table "ml"."other", found no such table;',
+    ),
+    "extension": (
+        {"sql": "DROP EXTENSION vector CASCADE"},
+        "expected the pgvector extension, found none in this database;",
+    ),
+    "dimension": (
+        {"sql": "ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE vector(768)"},
+        "expected column vec vector(512), the model's dimension, found vector(768)",
+    ),
+    "key": (
+        {"sql": "ALTER TABLE ml.img_vec512_v1 DROP CONSTRAINT img_vec512_v1_pkey"},
+        "expected a primary key (listing_id, edited_date, source, model_rev, pca_rev), found",
+    ),
+    "model": (
+        {"config": {"model_name": "ViT-B-23"}},
+        "expected an open_clip model name, local-dir:FOLDER or hf-hub:OWNER/REPOSITORY, found"
+        " 'ViT-B-23' (model_name); hint: did you mean ViT-B-32",
+    ),
+    "pretrained": (
+        {"config": {"model_name": "ViT-B-32", "pretrained": "nobody"}},
+        "expected a pretrained tag of ViT-B-32, or a weights file, found 'nobody' (pretrained);",
+    ),
+    "model folder": (
+        {"config": {"model_name": "local-dir:nowhere"}},
+        "expected a model folder, found none (nowhere);",
+    ),
+    "identifier": (
+        {"env": {"LISTINGS_TABLE": 'x"; DROP TABLE y; --'}},
+        "expected LISTINGS_TABLE: a name of letters, digits and _ that starts with no digit, 63",
+    ),
+    "key of config": (
+        {"config": {"topq": 3}},
+        "expected a known setting, found 'topq' (config.yaml); hint: did you mean topk?",
+    ),
+    "value": (
+        {"config": {"topk": 0}},
+        "expected topk: greater than or equal to 1, found 0 (config.yaml); hint: topk is: images",
+    ),
+    "type": (
+        {"config": {"force": "perhaps"}},
+        "expected force: a valid boolean, unable to interpret input, found 'perhaps'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(fresh: Workspace, what: str) -> None:
+    """What was expected, what was found, where, a hint; no traceback, and nothing is written."""
+    given, message = BAD[what]
+    if "sql" in given:
+        fresh.database.execute(str(given["sql"]))
+    before = files(fresh.folder)
+    run = fresh.snakemake(
+        config=given.get("config", {}),
+        env=given.get("env", {}),  # type: ignore[arg-type]
+    )
+
+    assert error_of(run).startswith(message), run.output
+    assert "secret" not in run.output
+    assert [] == run.rules
+    assert before == {
+        k: v for k, v in files(fresh.folder).items() if k[0] != "." and "cache/" not in k
+    }
+
+
+def test_check_says_what_is_right(fresh: Workspace) -> None:
+    """`python -m pipeline check` prints a line for each thing that is right and writes no row."""
+    config = f"model_name=local-dir:{fresh.encoder}"
+    good = fresh.python("-m", "pipeline", "check", "--config", config)
+    bad = fresh.python("-m", "pipeline", "check", "--config", config, env={"PG_DSN": NOBODY})
+
+    assert 0 == good.code, good.output
+    assert ["settings", "database", "inputs", "target", "images", "model"] == re.findall(
+        r"^ok  (\w+):", good.output, re.M
+    )
+    assert error_of(bad).startswith("expected a connection to PG_DSN, found nothing that answers")
+    assert not fresh.results.exists()

@@ -1,0 +1,1 @@
+"""What the pipeline does in a second, beside the plain way: commands, one JSON line each."""

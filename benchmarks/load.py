@@ -1,0 +1,97 @@
+"""Listing vectors into pgvector: our COPY beside psql's \\copy of the same rows, and the merge."""
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+from benchmarks import material, measure
+from pipeline import database, load, parquet
+from pipeline.demo.postgres import binary
+
+STAGING = load._STAGING_SQL.format(dim=512).replace(" ON COMMIT DROP", "")
+
+
+def main() -> None:
+    parser = material.parser(__doc__)
+    parser.add_argument("--listings", type=int, default=100_000)
+    args = parser.parse_args()
+    with material.work_folder(args.work) as folder, material.database(folder) as dsn:
+        vectors = material.listing_vectors(folder / "vectors.parquet", args.listings)
+        dump = (folder / "vectors.copy").resolve()
+        with measure.memory() as memory:
+            best = measure.fastest(
+                args.rounds,
+                ours=lambda: stage(vectors),
+                psql=lambda: copy(dsn, dump) if dump.exists() else dumped(dsn, vectors, dump),
+            )
+            if args.rounds == 1:  # the first only made the dump
+                best |= measure.fastest(1, psql=lambda: copy(dsn, dump))
+            whole = measure.seconds(lambda: load_all(folder, vectors))
+            again = measure.seconds(lambda: load_all(folder, vectors))
+        dump.unlink()
+    rate = {name: args.listings / timing.wall for name, timing in best.items()}
+    measure.say(
+        f"COPY {rate['ours']:.0f} rows/s, psql {rate['psql']:.0f};"
+        f" load {args.listings / whole:.0f}, unchanged {args.listings / again:.0f}; {memory.start:.0f} -> {memory.peak:.0f} MB"
+    )
+    measure.emit(
+        "load", listings=args.listings,
+        rows_per_second=rate["ours"], psql_rows_per_second=rate["psql"],
+        share_of_psql=rate["ours"] / rate["psql"],
+        load_rows_per_second=args.listings / whole,
+        unchanged_rows_per_second=args.listings / again,
+        megabytes_before=memory.start, megabytes_peak=memory.peak,
+    )  # fmt: skip
+
+
+def stage(vectors: Path) -> None:
+    """What the load does before it merges; nothing is kept."""
+    with database.connect() as connection:
+        load._stage(connection, vectors, 512)
+        connection.rollback()
+
+
+def dumped(dsn: str, vectors: Path, dump: Path) -> None:
+    """The rows as psql would send them: out of a table that the load's own COPY filled."""
+    with database.connect() as connection:
+        load._stage(connection, vectors, 512)
+        with connection.cursor() as cursor:
+            cursor.execute(f"CREATE TABLE dumped AS SELECT * FROM pg_temp.{load.STAGING}")
+        connection.commit()
+    psql(dsn, f"\\copy dumped TO '{dump}' (FORMAT binary)", "DROP TABLE dumped")
+
+
+def copy(dsn: str, dump: Path) -> None:
+    """psql's \\copy into a temporary table of the same kind."""
+    psql(dsn, STAGING, f"\\copy {load.STAGING} FROM '{dump}' (FORMAT binary)")
+
+
+def psql(dsn: str, *commands: str) -> None:
+    words = [word for command in commands for word in ("-c", command)]
+    subprocess.run(
+        [str(binary("psql")), dsn, "-qX", "-v", "ON_ERROR_STOP=1", *words],
+        check=True, env={k: v for k, v in os.environ.items() if not k.startswith("PG")},
+    )  # fmt: skip
+
+
+def load_all(folder: Path, vectors: Path) -> None:
+    """The whole stage: COPY, merge, receipt."""
+    failures, listings = folder / "failures.json", folder / "listings.parquet"
+    parquet.write_json(
+        failures,
+        {"failed": {}, "images": 1, "listings": 1, "listings_without_vector": []},
+    )
+    with parquet.writer(listings, parquet.LISTINGS, {}):
+        pass
+    load.load(
+        argparse.Namespace(
+            vectors=vectors, failures=failures, listings=listings, receipt=folder / "receipt.json"
+        ),
+        material.defaults().model_copy(update={"cache_dir": str(folder / "load-cache")}),
+        material.environment(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Listing vectors: literal image vectors in, exact means out."""
+
+import argparse
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import aggregate as stage
+from pipeline import parquet
+from pipeline.errors import DataError
+from pipeline.settings import Settings
+
+T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
+MADE_BY = {"export": {"force": False}, "encoder": {"weights": "w"}}
+IDENTITY = {"source": "s", "model_rev": "m", "pca_rev": "p"}
+
+
+def image(
+    listing: int, rank: int, vec: list[float] | None, error: str | None = None, **key: Any
+) -> dict[str, Any]:
+    """One row of an encode shard."""
+    return {
+        "generation": 1,
+        "listing_id": listing,
+        "edited_date": T0,
+        "image_index": rank - 1,
+        "storage_path": f"{listing}/{rank - 1}.jpg",
+        "score": 0,
+        "rank": rank,
+        "fallback": False,
+        "size": 100,
+        "mtime_ns": 7,
+        "vec": vec,
+        "error": error,
+        **key,
+    }
+
+
+class Stage:
+    """The files of one aggregate job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def shard(self, *rows: dict[str, Any], dim: int = 2, made_by: Any = None) -> None:
+        number = len(list(self.folder.glob("shard*")))
+        with parquet.writer(
+            self.folder / f"shard{number}.parquet", parquet.encoded(dim), made_by or MADE_BY
+        ) as writer:
+            writer.write_table(pa.Table.from_pylist(list(rows), parquet.encoded(dim)))
+
+    def run(self, **settings: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of listing_vectors.parquet and failures.json."""
+        shards = sorted(self.folder.glob("shard*"))
+        columns = set(parquet.CANDIDATES.names)
+        rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
+        flags = {"is_stock_photo": False, "battery_screenshot": False}
+        with parquet.writer(self.folder / "images.parquet", parquet.CANDIDATES, MADE_BY) as writer:
+            candidates = [{k: v for k, v in row.items() if k in columns} | flags for row in rows]
+            writer.write_table(pa.Table.from_pylist(candidates, parquet.CANDIDATES))
+        args = argparse.Namespace(
+            encoded=shards,
+            images=self.folder / "images.parquet",
+            output=self.folder / "vectors.parquet",
+            failures=self.folder / "failures.json",
+        )
+        stage.aggregate(args, Settings(**{**IDENTITY, **settings}))
+        return (
+            pq.read_table(args.output).to_pylist(),
+            json.loads(args.failures.read_text()),
+        )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def test_the_vector_is_the_normalised_mean(job: Stage) -> None:
+    """A listing's vector is the unit vector of the mean of its unit image vectors."""
+    job.shard(image(1, 1, [1.0, 0.0]), image(1, 2, [0.0, 1.0]), image(2, 1, [0.6, 0.8]))
+    vectors, failures = job.run()
+    half = math.sqrt(0.5)
+
+    assert [
+        {
+            "generation": 1,
+            "listing_id": 1,
+            "edited_date": T0,
+            **IDENTITY,
+            "vec": pytest.approx([half, half], abs=1e-7),
+            "n_images": 2,
+        },
+        {
+            "generation": 1,
+            "listing_id": 2,
+            "edited_date": T0,
+            **IDENTITY,
+            "vec": pytest.approx([0.6, 0.8], abs=1e-7),
+            "n_images": 1,
+        },
+    ] == vectors
+    assert {
+        "images": 3,
+        "failed": {},
+        "listings": 2,
+        "listings_without_vector": [],
+    } == failures
+
+
+def test_failed_images_are_left_out_of_the_mean(job: Stage) -> None:
+    """n_images counts the images in the mean; failures are counted by reason."""
+    job.shard(
+        image(1, 1, None, "missing: no such file"),
+        image(1, 2, [0.0, 1.0]),
+        image(1, 3, None, "broken: no image"),
+    )
+    vectors, failures = job.run()
+
+    assert [([0.0, 1.0], 1)] == [(row["vec"], row["n_images"]) for row in vectors]
+    assert {"broken": 1, "missing": 1} == failures["failed"]
+    assert [] == failures["listings_without_vector"]
+
+
+def test_a_listing_with_no_readable_image_gets_no_row(job: Stage, monkeypatch: Any) -> None:
+    """It is reported instead, with the state of each file, in UTC whatever this machine's zone."""
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    job.shard(
+        image(1, 1, None, "missing: no such file", size=None, mtime_ns=None),
+        image(1, 2, None, "broken: no image"),
+        image(2, 1, [1.0, 0.0]),
+    )
+    vectors, failures = job.run()
+    (without,) = failures["listings_without_vector"]
+
+    assert [2] == [row["listing_id"] for row in vectors]
+    assert 32 == len(without.pop("candidates"))
+    assert {
+        "generation": 1,
+        "listing_id": 1,
+        "edited_date": "2026-01-01T12:00:00.000001+00:00",
+        "files": [
+            {
+                "storage_path": "1/0.jpg",
+                "size": None,
+                "mtime_ns": None,
+                "error": "missing: no such file",
+            },
+            {
+                "storage_path": "1/1.jpg",
+                "size": 100,
+                "mtime_ns": 7,
+                "error": "broken: no image",
+            },
+        ],
+    } == without
+
+
+@pytest.mark.parametrize("vectors", [([1.0, 0.0], [-1.0, 0.0]), ([math.nan, 0.0],), ([0.0, 0.0],)])
+def test_vectors_without_a_direction_give_no_row(
+    job: Stage, vectors: tuple[list[float], ...]
+) -> None:
+    """Image vectors that cancel out, or are not finite, make no listing vector."""
+    unsound = [image(1, rank, vec) for rank, vec in enumerate(vectors, 1)]
+    job.shard(*unsound, image(2, 1, [1.0, 0.0]))
+    rows, failures = job.run()
+
+    assert [2] == [row["listing_id"] for row in rows]
+    assert [(1, [])] == [
+        (listing["listing_id"], listing["files"]) for listing in failures["listings_without_vector"]
+    ]
+
+
+def test_shards_follow_each_other_newest_first_within(job: Stage) -> None:
+    """Listings of a shard come newest edit first, then by id; edits and generations stay apart."""
+    later = T0 + timedelta(microseconds=1)
+    job.shard(image(2, 1, [1.0, 0.0], edited_date=later), image(1, 1, [1.0, 0.0]))
+    job.shard(
+        image(1, 1, [0.0, 1.0], edited_date=later, generation=2),
+        image(3, 1, [1.0, 0.0], edited_date=later),
+    )
+    vectors, _ = job.run()
+
+    assert [(1, 2, later), (1, 1, T0), (2, 1, later), (1, 3, later)] == [
+        (row["generation"], row["listing_id"], row["edited_date"]) for row in vectors
+    ]
+
+
+def test_empty_shards_give_an_empty_file(job: Stage) -> None:
+    """No images at all: no rows, the schema of the encoder's dimension, zero counts."""
+    job.shard(dim=3)
+    vectors, failures = job.run()
+
+    assert [] == vectors
+    assert pq.read_schema(job.folder / "vectors.parquet").equals(parquet.listing_vectors(3))
+    assert {"images": 0, "failed": {}, "listings": 0, "listings_without_vector": []} == failures
+    assert {**MADE_BY, "aggregate": IDENTITY} == parquet.metadata(job.folder / "vectors.parquet")
+
+
+def test_many_batches_give_the_same_rows(job: Stage, monkeypatch: Any) -> None:
+    """A listing is never split between batches, and the same input gives the same bytes."""
+    angle = [0.1 * n for n in range(60)]
+    rows = [image(n // 3, n % 3 + 1, [math.cos(a), math.sin(a)]) for n, a in enumerate(angle)]
+    job.shard(*rows)
+    whole, _ = job.run()
+    first = (job.folder / "vectors.parquet").read_bytes()
+    job.run()
+    second = (job.folder / "vectors.parquet").read_bytes()
+    monkeypatch.setattr(stage, "BATCH_ROWS", 4)
+    split, _ = job.run()
+
+    assert [(n, 3) for n in range(20)] == [(row["listing_id"], row["n_images"]) for row in whole]
+    assert whole == split
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "other", [{**MADE_BY, "encoder": {"weights": "x"}}, {**MADE_BY, "export": {"force": True}}]
+)
+def test_shards_of_different_makes_are_refused(job: Stage, other: dict[str, Any]) -> None:
+    """Shards of two encoders or two exports are an error, and no file is written."""
+    job.shard(image(1, 1, [1.0, 0.0]))
+    job.shard(image(2, 1, [1.0, 0.0]), made_by=other)
+
+    with pytest.raises(DataError, match="expected shards of one export and one encoder"):
+        job.run()
+    assert not (job.folder / "vectors.parquet").exists()
+    assert not (job.folder / "failures.json").exists()
