@@ -33,7 +33,8 @@ def main() -> None:
     rate = {name: args.listings / timing.wall for name, timing in best.items()}
     measure.say(
         f"COPY {rate['ours']:.0f} rows/s, psql {rate['psql']:.0f};"
-        f" load {args.listings / whole:.0f}, unchanged {args.listings / again:.0f}; {memory.start:.0f} -> {memory.peak:.0f} MB"
+        f" load {args.listings / whole:.0f}, unchanged {args.listings / again:.0f};"
+        f" {memory.start:.0f} -> {memory.peak:.0f} MB"
     )
     measure.emit(
         "load", listings=args.listings,

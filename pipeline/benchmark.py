@@ -124,7 +124,7 @@ def hardware(job: EncodeJob) -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name(job.device) if job.device != "cpu" else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -135,7 +135,8 @@ def hardware(job: EncodeJob) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as its maker calls it, or its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -43,7 +43,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-# A crafted progressive JPEG may ask for minutes of work in a few kilobytes; cameras write ten scans.
+# A few kilobytes of crafted progressive JPEG may ask for minutes of work; cameras write ten scans.
 _MAX_SCANS = 500
 _START_OF_SCAN = b"\xff\xda"
 # A photo resized to more than this many crops in a row loses its ends before (see _narrowed).
@@ -114,7 +114,7 @@ class Transform:
 
     @property
     def resize_interpolation(self) -> InterpolationMode:
-        """How pixels are resized; a size that is no square is bicubic in open_clip whatever it says."""
+        """How pixels are resized; a size that is no square is always bicubic in open_clip."""
         oblong = self.resize_mode == "shortest" and self.size[0] != self.size[1]
         if self.interpolation == "bilinear" and not oblong:
             return InterpolationMode.BILINEAR

@@ -140,14 +140,16 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
 def writer(path: Path, schema: pa.Schema, metadata: dict[str, Any]) -> Iterator[pq.ParquetWriter]:
     """A Parquet writer whose file appears under its name only when it is whole."""
     strings = [f.name for f in schema if pa.types.is_string(f.type)]
-    with replacing(path) as temporary:
-        with pq.ParquetWriter(
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(
             temporary,
             schema.with_metadata({KEY: json.dumps(metadata, sort_keys=True).encode()}),
             compression={f.name: "none" if f.name == "vec" else "zstd" for f in schema},
             use_dictionary=strings,
-        ) as parquet:
-            yield parquet
+        ) as parquet,
+    ):
+        yield parquet
 
 
 def metadata(path: Path) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def select_images(
         .sort("listing", "order", "image_index", "storage_path", nulls_last=True)
         .with_columns(rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("listing"))
         .filter(pl.col("rank") <= topk)
-        .select(*LISTING, "image_index", "storage_path", "score", pl.col("rank").cast(pl.Int8), "fallback")
-    )  # fmt: skip
+        .with_columns(pl.col("rank").cast(pl.Int8))
+        .select(parquet.SELECTED.names)
+    )
 
 
 def shard_of(listing_id: pl.Expr, shards: int) -> pl.Expr:

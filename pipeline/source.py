@@ -47,7 +47,8 @@ _WAITING = """
 
 _NOT_WAITING = """
     AND NOT EXISTS (
-        SELECT FROM waiting w JOIN unchanged u USING (generation, listing_id, edited_date, candidates)
+        SELECT FROM waiting w
+        JOIN unchanged u USING (generation, listing_id, edited_date, candidates)
         WHERE w.generation = e.generation AND w.listing_id = e.listing_id
           AND w.edited_date = e.edited_date)"""
 

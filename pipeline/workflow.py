@@ -226,7 +226,7 @@ def _digest(values: list[object]) -> str:
 
 
 def run_this_checkout() -> None:
-    """Let the rules' `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake."""
+    """Let `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake."""
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
     lifetime.mark_run()

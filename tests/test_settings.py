@@ -58,8 +58,8 @@ def test_config_yaml_repeats_the_schema() -> None:
 def requirements(names: list[str]) -> dict[str, str]:
     """Package to range, under PyPI's names in lower case."""
     conda = {"python-duckdb": "duckdb", "pytorch": "torch"}
-    parsed = dict(re.fullmatch(r"([\w.-]+?)([<>=!].*)?", n).groups() for n in names)  # type: ignore[union-attr]
-    lower = {name.lower().replace("_", "-"): span or "" for name, span in parsed.items()}
+    parsed = {name: n.removeprefix(name) for n in names for name in re.findall(r"^[\w.-]+", n)}
+    lower = {name.lower().replace("_", "-"): span for name, span in parsed.items()}
     return {conda.get(name, name): span for name, span in lower.items()}
 
 

@@ -530,7 +530,7 @@ def test_a_table_that_is_full_already_needs_no_run(finished: Workspace, tmp_path
     assert not new.results.exists()
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no answer": (
         {"env": {"PG_DSN": NOBODY}},
         "expected a connection to PG_DSN, found nothing that answers;"
@@ -606,7 +606,7 @@ def test_bad_input_is_one_line(fresh: Workspace, what: str) -> None:
     before = files(fresh.folder)
     run = fresh.snakemake(
         config=given.get("config", {}),
-        env=given.get("env", {}),  # type: ignore[arg-type]
+        env=given.get("env", {}),
     )
 
     assert error_of(run).startswith(message), run.output

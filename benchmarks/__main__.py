@@ -1,0 +1,151 @@
+"""All benchmarks, in about ten minutes on two cores, and their Markdown table on stdout.
+
+The JSON lines go to stderr as they come. `--photos` compares pixels and vectors on a folder of
+real photos; without it, and always for speed, photos are rendered.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import material, measure
+from pipeline.benchmark import cpu_name
+
+Line = dict[str, Any]
+
+
+def main() -> None:
+    parser = material.parser(__doc__)
+    parser.add_argument("--photos", type=Path, help="folder of real photos, for the parity table")
+    parser.add_argument("--images", type=int, default=48, help="rendered photos of each size")
+    parser.add_argument("--listings", type=int, default=200_000, help="in the database")
+    parser.add_argument("--small", type=int, default=20_000, help="photos in the long shard")
+    args = parser.parse_args()
+    with material.work_folder(args.work) as folder:
+        common = ["--work", str(folder), "--threads", str(args.threads)]
+        common += ["--rounds", str(args.rounds)]
+        parity = ["--photos", str(args.photos)] if args.photos else []
+        lines = [
+            *run("decode", *common, "--images", str(args.images), "--others", "4"),
+            *run("parity", *common, *parity),
+            *run("end_to_end", *common, "--images", str(args.images)),
+            *run("cache_hits", *common, "--images", str(args.small)),
+            *run("memory", *common, "--images", str(args.small)),
+            *run("aggregate", *common, "--images", "100000"),
+            *run("load", *common, "--listings", "50000"),
+            *run("export", *common, "--listings", str(args.listings)),
+        ]
+    print("\n".join(markdown(lines, args.threads)))
+
+
+def run(name: str, *flags: str) -> list[Line]:
+    """The lines of one benchmark, in a process of its own."""
+    measure.say(f"--- {name}")
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    sys.stderr.write(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def markdown(lines: list[Line], threads: int) -> Iterator[str]:
+    """The table, headed by the machine."""
+    yield (
+        f"Measured on {cpu_name()}, {threads} of {os.cpu_count()} cores, {platform.system()},"
+        f" Python {platform.python_version()}, torch {version('torch')}, by `make benchmarks`."
+    )
+    yield ""
+    yield "| what | here | the plain way | ratio |"
+    yield "|---|---:|---:|---:|"
+    for line in lines:
+        yield from ROWS[line["benchmark"]](line)
+
+
+def _row(what: str, here: str, plain: str = "", ratio: str = "") -> str:
+    return f"| {what} | {here} | {plain} | {ratio} |"
+
+
+def _decode(line: Line) -> Iterator[str]:
+    plain = f"{line['plain_images_per_second']:.1f} images/s"
+    for mode in ("full", "scaled") if line["format"].startswith("jpg") else ("full",):
+        yield _row(
+            f"decode {line['size']} {line['format']}, {mode}",
+            f"{line[f'{mode}_images_per_second']:.1f} images/s",
+            plain,
+            f"{line[f'{mode}_ratio']:.1f}",
+        )
+
+
+def _parity(line: Line) -> Iterator[str]:
+    for what in ("image", "listing"):
+        yield _row(
+            f"cosine, {line['decode']}, {line[f'{what}s']} {line['photos']} {what}s",
+            f"p50 {line[f'{what}_p50']:.5f}, p1 {line[f'{what}_p1']:.5f},"
+            f" min {line[f'{what}_min']:.5f}",
+        )
+
+
+def _end_to_end(line: Line) -> Iterator[str]:
+    yield _row(
+        f"files to table, {line['photos']} jpg, ViT-B-32, {line['decode']}",
+        f"{line['images_per_second']:.1f} images/s ({line['share_of_bound']:.0%} of the bound)",
+        f"{line['plain_images_per_second']:.1f} images/s",
+        f"{line['ratio']:.1f}",
+    )
+
+
+def _cache_hits(line: Line) -> Iterator[str]:
+    yield _row(
+        "edited listings, photos unchanged",
+        f"{line['hits_per_second']:.0f} images/s",
+        f"{line['encoded_per_second']:.1f} images/s encoded",
+        f"{line['ratio']:.0f}",
+    )
+
+
+def _memory(line: Line) -> Iterator[str]:
+    marks = ", ".join(f"{share} {mb}" for share, mb in line["megabytes_at"].items())
+    yield _row(f"memory, {line['images']} small photos, {line['what']}", f"MB at {marks}")
+
+
+def _aggregate(line: Line) -> Iterator[str]:
+    grown = f"{line['megabytes_before']:.0f} to {line['megabytes_peak']:.0f} MB"
+    yield _row("aggregate", f"{line['images_per_second']:.0f} images/s, {grown}")
+
+
+def _load(line: Line) -> Iterator[str]:
+    yield _row(
+        "COPY of listing vectors",
+        f"{line['rows_per_second']:.0f} rows/s",
+        f"psql `\\copy` {line['psql_rows_per_second']:.0f} rows/s",
+        f"{line['share_of_psql']:.2f}",
+    )
+    yield _row("load, COPY and merge, all new", f"{line['load_rows_per_second']:.0f} rows/s")
+
+
+def _export(line: Line) -> Iterator[str]:
+    yield _row(
+        f"export and select of {line['listings']} listings, {line['what']}",
+        f"{line['export_seconds']:.1f} s and {line['select_seconds']:.1f} s",
+    )
+
+
+ROWS: dict[str, Callable[[Line], Iterator[str]]] = {
+    "decode": _decode,
+    "parity": _parity,
+    "end to end": _end_to_end,
+    "cache hits": _cache_hits,
+    "memory": _memory,
+    "aggregate": _aggregate,
+    "load": _load,
+    "export and select": _export,
+}
+
+
+if __name__ == "__main__":
+    main()
