@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline import command, parquet, settings
 from pipeline.cache import NoCache
 from pipeline.command import log
@@ -108,9 +106,8 @@ def _or_none(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _paths(selected: Path) -> Iterator[str | None]:
-    with pq.ParquetFile(selected) as file:
-        for batch in file.iter_batches(columns=["storage_path"]):
-            yield from batch.column(0).to_pylist()
+    for batch in parquet.batches(selected, parquet.ROW_GROUP, ["storage_path"]):
+        yield from batch.column(0).to_pylist()
 
 
 def _chunks(items: list[Any], length: int) -> Iterator[list[Any]]:

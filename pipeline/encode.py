@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import command, parquet, preflight, settings
 from pipeline.cache import VectorCache
@@ -276,10 +275,9 @@ def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line")
     sent: deque[pa.Table] = deque()
 
     def photos() -> Iterator[Photo]:
-        with pq.ParquetFile(selected) as file:
-            for batch in file.iter_batches(batch_size=CHUNK_ROWS):
-                sent.append(pa.Table.from_batches([batch]))
-                yield from line.looked_up(batch.column("storage_path").to_pylist())
+        for batch in parquet.batches(selected, CHUNK_ROWS):
+            sent.append(pa.Table.from_batches([batch]))
+            yield from line.looked_up(batch.column("storage_path").to_pylist())
 
     dim = line.job.dim
     with parquet.writer(encoded, parquet.encoded(dim), made_by) as writer:

@@ -182,13 +182,12 @@ def _wire_schema() -> pa.Schema:
 def wire_batches(vectors: Path) -> Iterator[pa.RecordBatch]:
     """The rows of listing_vectors.parquet with `vec` in pgvector's binary form."""
     schema = _wire_schema()
-    with pq.ParquetFile(vectors) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            columns = [
-                wire_vectors(batch.column("vec")) if name == "vec" else batch.column(name)
-                for name in schema.names
-            ]
-            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+    for batch in parquet.batches(vectors, BATCH_ROWS):
+        columns = [
+            wire_vectors(batch.column("vec")) if name == "vec" else batch.column(name)
+            for name in schema.names
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def wire_vectors(vectors: pa.FixedSizeListArray) -> pa.Array:

@@ -168,6 +168,15 @@ def write_json(path: Path, document: object) -> None:
         temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
+def batches(path: Path, rows: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Record batches of at most `rows` rows in file order, all columns unless some are named.
+
+    With pyarrow's own default, pre_buffer, all that was read stays in memory until the end.
+    """
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=rows, columns=columns)
+
+
 def clustered_batches(path: Path, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
     """Tables of about `rows` rows in file order that never split a listing.
 
@@ -175,15 +184,14 @@ def clustered_batches(path: Path, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
     files of this pipeline do. Memory does not grow with the file.
     """
     carry: list[pa.Table] = []
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=rows):
-            table = pa.Table.from_batches([batch])
-            start = last_listing_start(table)
-            if start == 0:
-                carry.append(table)
-                continue
-            yield pa.concat_tables([*carry, table.slice(0, start)])
-            carry = [table.slice(start)]
+    for batch in batches(path, rows):
+        table = pa.Table.from_batches([batch])
+        start = last_listing_start(table)
+        if start == 0:
+            carry.append(table)
+            continue
+        yield pa.concat_tables([*carry, table.slice(0, start)])
+        carry = [table.slice(start)]
     if carry:
         yield pa.concat_tables(carry)
 

@@ -24,11 +24,12 @@ _ELIGIBLE = f"""
       AND l.url IS NOT NULL AND l.spam IS NULL
       AND EXISTS (SELECT FROM {{images}} i WHERE i.generation = l.generation
                   AND i.listing_id = l.listing_id AND i.image_index IS NOT NULL)
+      {{not_done}}
     ORDER BY l.edited_date::timestamptz DESC, l.listing_id, l.generation DESC"""
 
 _NOT_DONE = """
     AND NOT EXISTS (SELECT FROM {vectors} v
-        WHERE v.listing_id = e.listing_id AND v.edited_date = e.edited_date
+        WHERE v.listing_id = l.listing_id AND v.edited_date = l.edited_date::timestamptz
           AND v.source = current_setting('listing_vectors.source')
           AND v.model_rev = current_setting('listing_vectors.model_rev')
           AND v.pca_rev = current_setting('listing_vectors.pca_rev'))"""
@@ -132,10 +133,10 @@ def prepare(
     candidates = _WITH_FEATURES if has_table(cursor, environment.features) else _NO_FEATURES
     skip_waiting = waiting != "[]" and not chosen.force
     names["candidates_of_waiting"] = candidates.format(relation="waiting", **names)
-    conditions = ("" if chosen.force else _NOT_DONE) + (_NOT_WAITING if skip_waiting else "")
+    names["not_done"] = "" if chosen.force else _NOT_DONE.format(**names)
     pending = (
         f"WITH {_WAITING if skip_waiting else ''} pending AS MATERIALIZED ("
-        f"SELECT * FROM ({_ELIGIBLE}) e WHERE true {conditions}"
+        f"SELECT * FROM ({_ELIGIBLE}) e WHERE true {_NOT_WAITING if skip_waiting else ''}"
         " ORDER BY edited_date DESC, listing_id"
         " LIMIT current_setting('listing_vectors.limit')::bigint)"
     ).format(**names)

@@ -5,6 +5,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,7 @@ def files(folder: Path) -> dict[str, int]:
     }
 
 
+@contextmanager
 def fork_of(original: Workspace, folder: Path) -> Iterator[Workspace]:
     """A copy of a workspace: its folder with all mtimes, and its database."""
     shutil.copytree(original.folder, folder)
@@ -113,7 +117,8 @@ def first_run(
 @pytest.fixture
 def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
     """A copy of the finished run, to go on with."""
-    yield from fork_of(first_run[0], tmp_path / "work")
+    with fork_of(first_run[0], tmp_path / "work") as workspace:
+        yield workspace
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,8 @@ def unused(
 @pytest.fixture
 def fresh(unused: Workspace, tmp_path: Path) -> Iterator[Workspace]:
     """A copy of the unused workspace."""
-    yield from fork_of(unused, tmp_path / "work")
+    with fork_of(unused, tmp_path / "work") as workspace:
+        yield workspace
 
 
 def test_a_run_embeds_every_pending_listing(first_run: tuple[Workspace, Run]) -> None:
@@ -163,61 +169,82 @@ def sql(statement: str) -> Callable[[Workspace], object]:
     return lambda workspace: workspace.database.execute(statement)
 
 
-@pytest.mark.parametrize(
-    ("change", "words", "config", "expected"),
-    [
-        (None, [], {}, []),
-        (lambda w: new_listing(w, 4), [], {}, STAGES),
-        (lambda w: w.database.edit(1, LATER), [], {}, STAGES),
-        (lambda w: w.database.add_image(3, 2, "3/2.jpg"), [], {}, STAGES),
-        (lambda w: w.database.add_features(3, 0, quality=1), [], {}, STAGES),
-        (lambda w: w.database.add_image(1, 2, "1/2.jpg"), [], {}, []),
-        (lambda w: w.database.add_features(1, 0, stock=True), [], {}, []),
-        (sql("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2"), [], {}, STAGES),
-        (lambda w: w.photo("3/1.jpg"), [], {}, STAGES),
-        (lambda w: w.photo("1/0.jpg", "blue"), [], {}, []),
-        (None, [], {"topk": 1}, AFTER_SELECT),
-        (None, [], {"exclude_stock": False}, AFTER_SELECT),
-        (None, [], {"exclude_screenshots": False}, AFTER_SELECT),
-        (None, [], {"shards": 3}, AFTER_SELECT),
-        (None, ["--set-scatter", "encode=3"], {}, AFTER_SELECT),
-        (None, [], {"precision": "bf16"}, AFTER_ENCODE),
-        (None, [], {"decode": "scaled"}, AFTER_ENCODE),
-        (None, [], {"apply_exif_orientation": False}, AFTER_ENCODE),
-        (None, [], {"source": "other"}, STAGES),
-        (None, [], {"pca_rev": "other"}, STAGES),
-        (None, [], {"model_rev": "other"}, STAGES),
-        (None, [], {"max_failed_fraction": 0.9}, ["load"]),
-        (None, [], {"limit_listings": 1}, []),
-        (
-            None,
-            ["--cores", "1"],
-            {"batch_size": 1, "num_workers": 1, "device": "cpu", "memory_mb": 999,
-             "lock_timeout_s": 9, "benchmark_images": 9},
-            [],
-        ),
-        (None, ["--forcerun", "export"], {"force": True}, STAGES),
-    ],
-    ids=[
-        "nothing", "listing", "edit", "waiting-image-row", "waiting-feature-row",
-        "done-image-row", "done-feature-row", "deleted", "file-arrives", "done-file", "topk",
-        "exclude_stock", "exclude_screenshots", "shards", "set-scatter", "precision", "decode",
-        "orientation", "source", "pca_rev", "model_rev", "max_failed_fraction", "limit", "speed",
-        "force",
-    ],
-)  # fmt: skip
-def test_what_reruns_when(
-    finished: Workspace,
-    change: Callable[[Workspace], object] | None,
-    words: list[str],
-    config: Mapping[str, Any],
-    expected: list[str],
-) -> None:
-    """A change reruns the first stage that it concerns and those after it, and no other."""
-    if change:
-        change(finished)
+@dataclass(frozen=True)
+class Change:
+    """What is different since the finished run: the data, the words or settings of the command."""
 
-    assert expected == finished.run("-n", *words, config=config).rules
+    data: Callable[[Workspace], object] = lambda workspace: None
+    words: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+# name: (change, the rules that run again)
+RERUNS: dict[str, tuple[Change, list[str]]] = {
+    "nothing": (Change(), []),
+    "new listing": (Change(lambda w: new_listing(w, 4)), STAGES),
+    "edited listing": (Change(lambda w: w.database.edit(1, LATER)), STAGES),
+    "image row of a waiting listing": (
+        Change(lambda w: w.database.add_image(3, 2, "3/2.jpg")), STAGES,
+    ),
+    "feature row of a waiting listing": (
+        Change(lambda w: w.database.add_features(3, 0, quality=1)), STAGES,
+    ),
+    "image row of a finished listing": (
+        Change(lambda w: w.database.add_image(1, 2, "1/2.jpg")), [],
+    ),
+    "feature row of a finished listing": (
+        Change(lambda w: w.database.add_features(1, 0, stock=True)), [],
+    ),
+    "row deleted from the target": (
+        Change(sql("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2")), STAGES,
+    ),
+    "missing file arrives": (Change(lambda w: w.photo("3/1.jpg")), STAGES),
+    "file of a finished listing": (Change(lambda w: w.photo("1/0.jpg", "blue")), []),
+    "topk": (Change(config={"topk": 1}), AFTER_SELECT),
+    "exclude_stock": (Change(config={"exclude_stock": False}), AFTER_SELECT),
+    "exclude_screenshots": (Change(config={"exclude_screenshots": False}), AFTER_SELECT),
+    "shards": (Change(config={"shards": 3}), AFTER_SELECT),
+    "set-scatter": (Change(words=("--set-scatter", "encode=3")), AFTER_SELECT),
+    "precision": (Change(config={"precision": "bf16"}), AFTER_ENCODE),
+    "decode": (Change(config={"decode": "scaled"}), AFTER_ENCODE),
+    "orientation": (Change(config={"apply_exif_orientation": False}), AFTER_ENCODE),
+    "source": (Change(config={"source": "other"}), STAGES),
+    "pca_rev": (Change(config={"pca_rev": "other"}), STAGES),
+    "model_rev": (Change(config={"model_rev": "other"}), STAGES),
+    "max_failed_fraction": (Change(config={"max_failed_fraction": 0.9}), ["load"]),
+    "a limit that cuts nothing off": (Change(config={"limit_listings": 1}), []),
+    "cores": (Change(words=("--cores", "1")), []),
+    "speed settings": (
+        Change(config={"batch_size": 1, "num_workers": 1, "device": "cpu", "memory_mb": 999,
+                       "lock_timeout_s": 9, "benchmark_images": 9}), [],
+    ),
+    "force": (Change(words=("--forcerun", "export"), config={"force": True}), STAGES),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def replanned(
+    first_run: tuple[Workspace, Run], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """For each change a dry run in a copy of the finished run, two at a time."""
+    folder = tmp_path_factory.mktemp("replanned")
+
+    def plan(name: str) -> Run:
+        change, _ = RERUNS[name]
+        with fork_of(first_run[0], folder / name) as workspace:
+            change.data(workspace)
+            return workspace.snakemake("-n", *change.words, config=change.config)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(RERUNS, pool.map(plan, RERUNS), strict=True))
+
+
+@pytest.mark.parametrize("what", RERUNS)
+def test_what_reruns_when(replanned: dict[str, Run], what: str) -> None:
+    """A change reruns the first stage that it concerns and those after it, and no other."""
+    _, expected = RERUNS[what]
+
+    assert (0, expected) == (replanned[what].code, replanned[what].rules), replanned[what].output
 
 
 def test_another_encoder_reruns_everything(finished: Workspace, tmp_path: Path) -> None:
@@ -597,24 +624,37 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(fresh: Workspace, what: str) -> None:
-    """What was expected, what was found, where, a hint; no traceback, and nothing is written."""
-    given, message = BAD[what]
-    if "sql" in given:
-        fresh.database.execute(str(given["sql"]))
-    before = files(fresh.folder)
-    run = fresh.snakemake(
-        config=given.get("config", {}),
-        env=given.get("env", {}),
-    )
+@pytest.fixture(scope="module")
+def refused(
+    unused: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Run, list[tuple[str, int]]]]:
+    """For each bad input a run in a copy of the unused workspace, and the files that it made."""
+    folder = tmp_path_factory.mktemp("refused")
 
-    assert error_of(run).startswith(message), run.output
+    def refuse(name: str) -> tuple[Run, list[tuple[str, int]]]:
+        given, _ = BAD[name]
+        with fork_of(unused, folder / name) as workspace:
+            if "sql" in given:
+                workspace.database.execute(given["sql"])
+            before = files(workspace.folder)
+            run = workspace.snakemake(config=given.get("config", {}), env=given.get("env", {}))
+            return run, sorted(files(workspace.folder).items() - before.items())
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD, pool.map(refuse, BAD), strict=True))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(
+    refused: dict[str, tuple[Run, list[tuple[str, int]]]], what: str
+) -> None:
+    """What was expected, what was found, where, a hint; no traceback, and nothing is written."""
+    run, made = refused[what]
+
+    assert error_of(run).startswith(BAD[what][1]), run.output
     assert "secret" not in run.output
     assert [] == run.rules
-    assert before == {
-        k: v for k, v in files(fresh.folder).items() if k[0] != "." and "cache/" not in k
-    }
+    assert [] == [name for name, _ in made if not name.startswith((".snakemake/", "cache/"))]
 
 
 def test_check_says_what_is_right(fresh: Workspace) -> None:
