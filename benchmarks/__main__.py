@@ -84,7 +84,7 @@ def _decode(line: Line) -> Iterator[str]:
 def _parity(line: Line) -> Iterator[str]:
     for what in ("image", "listing"):
         yield _row(
-            f"cosine, {line['decode']}, {line[f'{what}s']} {line['photos']} {what}s",
+            f"cosine, {line['decode']}, {line[f'{what}s']} {what}s of {line['photos']}",
             f"p50 {line[f'{what}_p50']:.5f}, p1 {line[f'{what}_p1']:.5f},"
             f" min {line[f'{what}_min']:.5f}",
         )

@@ -1,5 +1,6 @@
 """Memory over a long shard of small photos: first all encoded, then all from the cache."""
 
+import shutil
 from pathlib import Path
 
 from benchmarks import material, measure
@@ -19,6 +20,7 @@ def main() -> None:
             root, folder / "long-cache", args.threads, model_name=material.tiny(folder),
             device="cpu",
         )  # fmt: skip
+        shutil.rmtree(job.chosen.cache_dir, ignore_errors=True)
         for what in ("encoded", "hits"):
             watch(what, selected, folder / "encoded.parquet", job, args.images)
 
