@@ -44,7 +44,9 @@ class Settings(BaseModel):
     pca_rev: str = Field("", description="key: which projection came after; empty: none")
 
     batch_size: int = Field(96, ge=1, le=4096, description="images per forward pass, at most")
-    num_workers: int = Field(6, ge=1, le=256, description="decoding threads, at most one per core")
+    num_workers: int = Field(
+        6, ge=1, le=256, description="decoding threads beside a GPU, at most one a core"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
     )
