@@ -9,7 +9,7 @@ from benchmarks import material, measure
 from pipeline import database, load, parquet
 from pipeline.demo.postgres import binary
 
-STAGING = load._STAGING_SQL.format(dim=512).replace(" ON COMMIT DROP", "")
+STAGING = [sql.format(dim=512).replace(" ON COMMIT DROP", "") for sql in load.STAGING_SQL]
 
 
 def main() -> None:
@@ -47,16 +47,15 @@ def main() -> None:
 
 
 def stage(vectors: Path) -> None:
-    """What the load does before it merges; nothing is kept."""
+    """What the load does before it merges; uncommitted, so nothing is kept."""
     with database.connect() as connection:
-        load._stage(connection, vectors, 512)
-        connection.rollback()
+        load.stage(connection, vectors, 512)
 
 
 def dumped(dsn: str, vectors: Path, dump: Path) -> None:
     """The rows as psql would send them: out of a table that the load's own COPY filled."""
     with database.connect() as connection:
-        load._stage(connection, vectors, 512)
+        load.stage(connection, vectors, 512)
         with connection.cursor() as cursor:
             cursor.execute(f"CREATE TABLE dumped AS SELECT * FROM pg_temp.{load.STAGING}")
         connection.commit()
@@ -65,7 +64,7 @@ def dumped(dsn: str, vectors: Path, dump: Path) -> None:
 
 def copy(dsn: str, dump: Path) -> None:
     """psql's \\copy into a temporary table of the same kind."""
-    psql(dsn, STAGING, f"\\copy {load.STAGING} FROM '{dump}' (FORMAT binary)")
+    psql(dsn, *STAGING, f"\\copy {load.STAGING} FROM '{dump}' (FORMAT binary)")
 
 
 def psql(dsn: str, *commands: str) -> None:

@@ -9,8 +9,10 @@ images failed or when the table holds another encoder's vectors under the same k
 import argparse
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,17 @@ from pipeline.settings import Environment, Settings
 
 log = logging.getLogger("pipeline")
 
-BATCH_ROWS = 4096  # 8 MB of 512-d vectors in flight
+BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
+MESSAGE_ROWS = 32  # 64 KB: half the socket's buffer, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
-# NULLs, order and types as in target.sql; the binary column holds pgvector's wire form.
-_STAGING_SQL = f"""
-    CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz, source text,
-        model_rev text, pca_rev text, vec vector({{dim}}), n_images int) ON COMMIT DROP"""
+# Columns in the order of target.sql. As there, PLAIN keeps a vector in its row: TOAST would take
+# half of the time.
+STAGING_SQL = (
+    f"CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz, source text,"
+    " model_rev text, pca_rev text, vec vector({dim}), n_images int) ON COMMIT DROP",
+    f"ALTER TABLE pg_temp.{STAGING} ALTER COLUMN vec SET STORAGE PLAIN",
+)
 
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
 _MERGE_SQL = f"""
@@ -120,7 +126,7 @@ def _load_once(
             target.check(cursor, environment, dim)
             if parquet.rows([args.vectors]):
                 _check_encoder(cursor, environment, identity, made_by["encoder"], force)
-        staged = _stage(connection, args.vectors, dim)
+        staged = stage(connection, args.vectors, dim)
         inserted, updated = _merge(connection, environment, force)
         with database.translated_errors():
             connection.commit()
@@ -150,13 +156,21 @@ def _check_encoder(
         target.register_encoder(cursor, environment, identity, encoder)
 
 
-def _stage(connection: Connection, vectors: Path, dim: int) -> int:
-    """COPY the file into the staging table, batch by batch; returns the number of rows."""
+def stage(connection: Connection, vectors: Path, dim: int) -> int:
+    """COPY listing_vectors.parquet into the staging table; returns the number of rows.
+
+    A thread reads and converts ahead of the one that sends. Memory does not grow with the file.
+    """
     with database.translated_errors("staging table"), connection.cursor() as cursor:
-        cursor.execute(_STAGING_SQL.format(dim=dim))
-        reader = pa.RecordBatchReader.from_batches(_wire_schema(), wire_batches(vectors))
-        cursor.adbc_ingest(STAGING, reader, mode="append", temporary=True)
-        staged = int(database.fetch(cursor, f"SELECT count(*) FROM pg_temp.{STAGING}")[0][0])
+        for statement in STAGING_SQL:
+            cursor.execute(statement.format(dim=dim))
+        messages = (
+            batch.slice(start, MESSAGE_ROWS)
+            for batch in _one_ahead(wire_batches(vectors))
+            for start in range(0, len(batch), MESSAGE_ROWS)
+        )
+        reader = pa.RecordBatchReader.from_batches(_wire_schema(), messages)
+        staged = cursor.adbc_ingest(STAGING, reader, mode="append", temporary=True)
     expected = parquet.rows([vectors])
     if staged != expected:
         raise DataError(f"{expected} rows staged", str(staged), str(vectors), "load again")
@@ -179,6 +193,19 @@ def _wire_schema() -> pa.Schema:
     return pa.schema(fields)
 
 
+def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches; a thread makes the next while the caller works on one.
+
+    The thread is nice (on Linux that is its own matter, not the process's): on a machine that
+    has the server too, it must not take the core that the server or the sender waits for.
+    """
+    with ThreadPoolExecutor(1, initializer=os.nice, initargs=(19,)) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
 def wire_batches(vectors: Path) -> Iterator[pa.RecordBatch]:
     """The rows of listing_vectors.parquet with `vec` in pgvector's binary form."""
     schema = _wire_schema()
@@ -194,9 +221,8 @@ def wire_vectors(vectors: pa.FixedSizeListArray) -> pa.Array:
     """Vectors as pgvector's vector_send writes them: int16 dim, int16 0, big-endian float32s."""
     rows, dim = len(vectors), vectors.type.list_size
     wire = np.empty((rows, 4 + 4 * dim), np.uint8)
-    wire[:, :4] = np.frombuffer(np.array([dim, 0], ">i2").tobytes(), np.uint8)
-    matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(rows, dim)
-    wire[:, 4:] = matrix.astype(">f4").view(np.uint8)
+    wire[:, :4].view(">i2")[:] = dim, 0
+    wire[:, 4:].view(">f4")[:] = vectors.flatten().to_numpy().reshape(rows, dim)
     offsets = np.arange(rows + 1, dtype=np.int32) * wire.shape[1]
     return pa.Array.from_buffers(
         pa.binary(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(wire)]

@@ -106,6 +106,27 @@ def test_rows_and_receipt(load: Load) -> None:
     } == receipt
 
 
+def test_a_file_of_many_batches_arrives_whole(load: Load) -> None:
+    """Every row of a file that is read in several batches, the last one short, is in the table."""
+    count = 2 * stage.BATCH_ROWS + 1
+    rows = [(i, [float(i), 1.0, 0.5], i % 5 + 1) for i in range(count)]
+
+    assert count == load.run(*rows)["inserted"]
+    assert [(i, f"[{i},1,0.5]", n) for i, _, n in rows] == sorted(
+        load.database.vectors("listing_id, vec, n_images")
+    )
+
+
+def test_a_row_that_the_server_refuses_ends_the_copy(load: Load) -> None:
+    """NaN amid several batches: one error, no row, and nobody waits for the reading thread."""
+    rows = [(i, [1.0, 0.0, 0.0], 1) for i in range(2 * stage.BATCH_ROWS)]
+    rows[stage.BATCH_ROWS + 1] = (-1, [float("nan"), 0.0, 0.0], 1)
+    with pytest.raises(DatabaseError, match="NaN not allowed in vector"):
+        load.run(*rows)
+
+    assert [] == load.table()
+
+
 def test_only_rows_that_differ_are_written(load: Load) -> None:
     """A vector or an n_images that changed is written; an equal row keeps its updated_at."""
     load.run((1, [1, 0, 0], 1), (2, [0, 1, 0], 2), (3, [0, 0, 1], 3))
