@@ -46,8 +46,8 @@ if TYPE_CHECKING:  # a shard with nothing to encode loads no torch
 
     from pipeline.encoder import Encoder
 
-CHUNK_ROWS = 4096  # looked up in the cache together
-LONGEST_WAIT = 2 * CHUNK_ROWS  # rows held back by one that is not done, before it is hurried
+CHUNK_ROWS = 1024  # looked up in the cache together, and written together
+LONGEST_WAIT = 8192  # rows that one that is not done holds back before it is hurried, at least
 REFRESH_S = 5.0  # how often vectors of other running shards are picked up
 GPU_BATCHES = 2  # one computes while the next is copied
 STAT_THREADS = 8  # on network filesystems a stat is a round trip
@@ -384,9 +384,9 @@ class Line(AbstractContextManager["Line"]):
                 if not self.cache.entries:
                     self.job.encoder  # noqa: B018  bad weights show before the first image is read
                 working.append((photo, self.decoders.submit(self._decode, photo)))
-            while working and (len(working) > self.window or len(waiting) > LONGEST_WAIT):
+            while working and (len(working) > self.window or len(waiting) > self.longest_wait):
                 self._collect(*working.popleft())
-            if len(waiting) > LONGEST_WAIT:
+            if len(waiting) > self.longest_wait:
                 self._encode_rest()
             while waiting and waiting[0].done:
                 yield waiting.popleft()
@@ -399,6 +399,11 @@ class Line(AbstractContextManager["Line"]):
     def window(self) -> int:
         """Photos decoded or being decoded: enough that neither side waits for the other."""
         return 2 * self.job.chosen.batch_size + 2 * self.job.workers
+
+    @property
+    def longest_wait(self) -> int:
+        """Rows held back, all batches on their way among them, before one is hurried."""
+        return max(LONGEST_WAIT, 4 * self.window)
 
     def _decode(self, photo: Photo) -> None:
         """Read, look up by content, decode: on a worker thread."""

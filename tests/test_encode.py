@@ -265,6 +265,25 @@ def test_the_last_row_of_a_full_chunk(shard: Shard, monkeypatch: pytest.MonkeyPa
         assert paths == shard.encode(paths)["storage_path"].to_pylist()
 
 
+def test_batches_are_full(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the last, every batch has batch_size photos, broken and known ones between them."""
+    monkeypatch.setattr(stage, "LONGEST_WAIT", 8)
+    lengths: list[int] = []
+    original = Line.encode_pixels
+
+    def counting(self: Line, pixels: Sequence[Any]) -> np.ndarray:
+        lengths.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(Line, "encode_pixels", counting)
+    (shard.photos / "broken.jpg").write_bytes(b"no photo")
+    names = [shard.photo(f"{i}.jpg", i) for i in range(50)]
+    shard.encode(names[::10])  # five are in the cache now
+    lengths.clear()
+    shard.encode([name for photo in names for name in (photo, "broken.jpg")], batch_size=16)
+    assert [13, 16, 16] == sorted(lengths)
+
+
 def test_cached_means_no_torch(shard: Shard) -> None:
     """A shard of hits, remembered failures and missing files loads neither torch nor weights."""
     (shard.photos / "broken.jpg").write_bytes(b"no photo")
