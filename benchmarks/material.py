@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import parquet, settings, target
 from pipeline.demo import postgres, render
@@ -61,9 +61,23 @@ def photos(folder: Path, size: str, count: int) -> list[Path]:
     listings = -(-count // 4)
     if not (out / f"{listings - 1:06d}" / "3.jpg").exists():
         render.write_all(
-            render._jobs(out, listings, 4, SIZES[size], 0, 88), workers=os.cpu_count() or 1
+            render.photo_jobs(out, listings, 4, SIZES[size], 0, 88), workers=os.cpu_count() or 1
         )
     return sorted(out.rglob("*.jpg"))[:count]
+
+
+def fitted(folder: Path, sources: list[Path], size: str) -> list[Path]:
+    """The photos as JPEGs of a size in SIZES, cut to its shape; made once."""
+    out = folder / f"fitted-{size.replace(' ', '')}"
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{number:06d}.jpg" for number in range(len(sources))]
+    name, options = FORMATS["jpg"]
+    for source, path in zip(sources, files, strict=True):
+        if not path.exists():
+            with Image.open(source) as image:
+                resized = ImageOps.fit(image.convert("RGB"), SIZES[size], Image.Resampling.LANCZOS)
+                resized.save(path, name, **options)
+    return files
 
 
 def own_photos(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import pillow_heif
 import simplejpeg
 import torch
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from torchvision.io import decode_webp
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
@@ -161,10 +162,14 @@ def _load(
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_size(image, max_pixels)
         pixels = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        if image.format in ("JPEG", "MPO", "WEBP") and image.mode in ("RGB", "L"):
             orientation = _orientation(image) if upright else 1
             size = image.height, image.width
-            pixels = _decode_jpeg(image, data, _jpeg_scale(size, transform, decode, orientation))
+            if image.format == "WEBP":
+                pixels = _decode_webp(data, size)
+            else:
+                scale = jpeg_scale(size, transform, decode, orientation)
+                pixels = _decode_jpeg(image, data, scale)
         if pixels is None:
             # Some plugins know the size and the orientation only now; TIFF turns itself.
             image.load()
@@ -210,8 +215,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _jpeg_scale(size: Size, transform: Transform, decode: Decode, orientation: int) -> int:
-    """The largest power of two that leaves at least twice the resized size; 1 for 'full'."""
+def jpeg_scale(size: Size, transform: Transform, decode: Decode, orientation: int) -> int:
+    """By how much the decoder shrinks a JPEG of the stored `size`: 8, 4, 2 or 1.
+
+    The largest power of two that leaves at least twice the resized size; 1 for 'full'.
+    """
     if decode == "full":
         return 1
     target = _stored(transform.resized(_stored(size, orientation)), orientation)
@@ -238,6 +246,19 @@ def _decode_jpeg(image: Image.Image, data: bytes, scale: int) -> Pixels | None:
     except Exception:  # noqa: BLE001  whatever it is, Pillow has the last word
         return None
     return buffer if decoded.shape == buffer.shape else None
+
+
+def _decode_webp(data: bytes, size: Size) -> Pixels | None:
+    """An opaque still WebP's pixels, the same as Pillow's in half of the time, without the GIL.
+
+    None where it refuses, as all animations: then Pillow decides, on the pixels and on the error.
+    """
+    try:
+        decoded = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except Exception:  # noqa: BLE001  whatever it is, Pillow has the last word
+        return None
+    pixels: Pixels = decoded.permute(1, 2, 0).numpy()
+    return pixels if pixels.shape == (*size, 3) else None
 
 
 def _opaque(image: Image.Image) -> Image.Image:

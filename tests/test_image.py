@@ -331,16 +331,24 @@ def test_grey_jpeg_has_three_equal_channels() -> None:
     assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
 
 
-def test_a_jpeg_that_only_warns_is_pillows_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the fast decoder refuses, the photo is the same by the slow one."""
-    data = saved(scene(300, 260), "JPEG")
+@pytest.mark.parametrize(
+    ("kind", "decoder"), [("JPEG", "simplejpeg.decode_jpeg"), ("WEBP", "decode_webp")]
+)
+def test_what_the_fast_decoder_refuses_is_pillows_to_decide(
+    kind: str, decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The photo is the same, pixel by pixel, by the slow decoder."""
+    data = saved(scene(300, 260), kind)
     fast = load(data)
+    refused: list[object] = []
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise ValueError("Corrupt JPEG data")
+        refused.append(args)
+        raise ValueError("corrupt data")
 
-    monkeypatch.setattr("pipeline.image.simplejpeg.decode_jpeg", refuse)
+    monkeypatch.setattr(f"pipeline.image.{decoder}", refuse)
     assert torch.equal(fast, load(data))
+    assert refused
 
 
 # Scaled
@@ -362,8 +370,8 @@ def test_a_jpeg_that_only_warns_is_pillows_to_decide(monkeypatch: pytest.MonkeyP
 def test_scaled_leaves_twice_what_the_resize_needs(size: tuple[int, int], scale: int) -> None:
     """The shorter side of a decoded JPEG is at least 448 for an encoder of 224."""
     for orientation in (1, 6):
-        assert scale == image_module._jpeg_scale(size, Transform(), "scaled", orientation)
-        assert 1 == image_module._jpeg_scale(size, Transform(), "full", orientation)
+        assert scale == image_module.jpeg_scale(size, Transform(), "scaled", orientation)
+        assert 1 == image_module.jpeg_scale(size, Transform(), "full", orientation)
 
 
 def test_scaled_is_close_to_full() -> None:

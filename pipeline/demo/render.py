@@ -855,7 +855,10 @@ def write_all(jobs: Sequence[Job], workers: int) -> None:
             progress.update(done)
 
 
-def _jobs(out: Path, listings: int, photos: int, size: Size, seed: int, quality: int) -> list[Job]:
+def photo_jobs(
+    out: Path, listings: int, photos: int, size: Size, seed: int, quality: int
+) -> list[Job]:
+    """The photos out/<listing>/<k>.jpg of random listings, for write_all."""
     jobs = []
     for number in range(listings):
         listing_seed = seed * 1_000_003 + number
@@ -889,7 +892,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     flags = parser.parse_args()
     size = parse_size(flags.size)
-    jobs = _jobs(flags.out, flags.listings, flags.photos, size, flags.seed, flags.quality)
+    jobs = photo_jobs(flags.out, flags.listings, flags.photos, size, flags.seed, flags.quality)
     write_all(jobs, flags.workers)
 
 
