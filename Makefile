@@ -32,7 +32,7 @@ lint: setup
 	PG_DSN=none $(BIN)/snakemake --lint
 
 benchmarks: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 # The picture of the rules in the README.
 rulegraph: setup

@@ -1,7 +1,7 @@
-"""All benchmarks, in about ten minutes on two cores, and their Markdown table on stdout.
+"""All benchmarks, one after the other, and their Markdown table on stdout.
 
-The JSON lines go to stderr as they come. `--photos` compares pixels and vectors on a folder of
-real photos; without it, and always for speed, photos are rendered.
+The JSON lines go to stderr as they come. With `--photos`, a folder of real photos, pixels and
+vectors are compared on these, and the decoders on both; without it, photos are rendered.
 """
 
 import json
@@ -22,23 +22,24 @@ Line = dict[str, Any]
 
 def main() -> None:
     parser = material.parser(__doc__)
-    parser.add_argument("--photos", type=Path, help="folder of real photos, for the parity table")
-    parser.add_argument("--images", type=int, default=48, help="rendered photos of each size")
-    parser.add_argument("--listings", type=int, default=200_000, help="in the database")
-    parser.add_argument("--small", type=int, default=20_000, help="photos in the long shard")
+    parser.add_argument("--photos", type=Path, help="folder of real photos")
+    parser.add_argument("--images", type=int, default=96, help="photos of each size")
+    parser.add_argument("--listings", type=int, default=1_000_000, help="in the database")
+    parser.add_argument("--vectors", type=int, default=200_000, help="to aggregate and to load")
+    parser.add_argument("--small", type=int, default=100_000, help="photos in the long shard")
     args = parser.parse_args()
     with material.work_folder(args.work) as folder:
         common = ["--work", str(folder), "--threads", str(args.threads)]
         common += ["--rounds", str(args.rounds)]
-        parity = ["--photos", str(args.photos)] if args.photos else []
+        real = ["--photos", str(args.photos)] if args.photos else []
         lines = [
-            *run("decode", *common, "--images", str(args.images), "--others", "4"),
-            *run("parity", *common, *parity),
+            *run("decode", *common, *real, "--images", str(args.images), "--others", "4"),
+            *run("parity", *common, *real),
             *run("end_to_end", *common, "--images", str(args.images)),
             *run("cache_hits", *common, "--images", str(args.small)),
             *run("memory", *common, "--images", str(args.small)),
-            *run("aggregate", *common, "--images", "100000"),
-            *run("load", *common, "--listings", "50000"),
+            *run("aggregate", *common, "--images", str(args.vectors)),
+            *run("load", *common, "--listings", str(args.vectors)),
             *run("export", *common, "--listings", str(args.listings)),
         ]
     print("\n".join(markdown(lines, args.threads)))
@@ -71,14 +72,14 @@ def _row(what: str, here: str, plain: str = "", ratio: str = "") -> str:
 
 
 def _decode(line: Line) -> Iterator[str]:
+    what = f"{line['format']} {line['size']}, {line['photos']}, {line['megabytes']:.1f} MB"
     plain = f"{line['plain_images_per_second']:.1f} images/s"
-    for mode in ("full", "scaled") if line["format"].startswith("jpg") else ("full",):
-        yield _row(
-            f"decode {line['size']} {line['format']}, {mode}",
-            f"{line[f'{mode}_images_per_second']:.1f} images/s",
-            plain,
-            f"{line[f'{mode}_ratio']:.1f}",
-        )
+    for mode in ("full", "scaled"):
+        if rate := line.get(f"{mode}_images_per_second"):
+            here = f"{rate:.1f} images/s"
+            if mode == "scaled":
+                here += f", the bare decoder {line['bare_images_per_second']:.1f}"
+            yield _row(f"decode {what}: {mode}", here, plain, f"{line[f'{mode}_ratio']:.1f}")
 
 
 def _parity(line: Line) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pwd
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,7 @@ def _open_the_way(path: Path) -> None:
     for parent in path.resolve().parents:
         mode = stat.S_IMODE(parent.stat().st_mode)
         if not mode & stat.S_IXOTH:
-            print(f"chmod o+x {parent} (run as root, Postgres is another user)", flush=True)
+            print(f"chmod o+x {parent} (run as root, Postgres is another user)", file=sys.stderr)
             parent.chmod(mode | stat.S_IXOTH)
 
 
