@@ -23,7 +23,7 @@ Line = dict[str, Any]
 def main() -> None:
     parser = material.parser(__doc__)
     parser.add_argument("--photos", type=Path, help="folder of real photos")
-    parser.add_argument("--images", type=int, default=96, help="photos of each size")
+    parser.add_argument("--images", type=int, default=128, help="photos of each size")
     parser.add_argument("--listings", type=int, default=1_000_000, help="in the database")
     parser.add_argument("--vectors", type=int, default=200_000, help="to aggregate and to load")
     parser.add_argument("--small", type=int, default=100_000, help="photos in the long shard")
@@ -35,11 +35,11 @@ def main() -> None:
         lines = [
             *run("decode", *common, *real, "--images", str(args.images), "--others", "4"),
             *run("parity", *common, *real),
-            *run("end_to_end", *common, "--images", str(args.images)),
+            *run("end_to_end", *common, "--images", str(2 * args.images)),
             *run("cache_hits", *common, "--images", str(args.small)),
             *run("memory", *common, "--images", str(args.small)),
             *run("aggregate", *common, "--images", str(args.vectors)),
-            *run("load", *common, "--listings", str(args.vectors)),
+            *run("load", *common, "--listings", str(args.vectors), "--rounds", "5"),
             *run("export", *common, "--listings", str(args.listings)),
         ]
     print("\n".join(markdown(lines, args.threads)))
@@ -85,7 +85,7 @@ def _decode(line: Line) -> Iterator[str]:
 def _parity(line: Line) -> Iterator[str]:
     for what in ("image", "listing"):
         yield _row(
-            f"cosine, {line['decode']}, {line[f'{what}s']} {what}s of {line['photos']}",
+            f"cosine of {line[f'{what}s']} {what}s, {line['photos']}: {line['decode']}",
             f"p50 {line[f'{what}_p50']:.5f}, p1 {line[f'{what}_p1']:.5f},"
             f" min {line[f'{what}_min']:.5f}",
         )
@@ -93,7 +93,7 @@ def _parity(line: Line) -> Iterator[str]:
 
 def _end_to_end(line: Line) -> Iterator[str]:
     yield _row(
-        f"files to table, {line['photos']} jpg, ViT-B-32, {line['decode']}",
+        f"files to table, jpg {line['photos']}, ViT-B-32: {line['decode']}",
         f"{line['images_per_second']:.1f} images/s ({line['share_of_bound']:.0%} of the bound)",
         f"{line['plain_images_per_second']:.1f} images/s",
         f"{line['ratio']:.1f}",
@@ -111,7 +111,7 @@ def _cache_hits(line: Line) -> Iterator[str]:
 
 def _memory(line: Line) -> Iterator[str]:
     marks = ", ".join(f"{share} {mb}" for share, mb in line["megabytes_at"].items())
-    yield _row(f"memory, {line['images']} small photos, {line['what']}", f"MB at {marks}")
+    yield _row(f"memory, {line['images']} small photos: {line['what']}", f"MB up to {marks}")
 
 
 def _aggregate(line: Line) -> Iterator[str]:
@@ -126,12 +126,13 @@ def _load(line: Line) -> Iterator[str]:
         f"psql `\\copy` {line['psql_rows_per_second']:.0f} rows/s",
         f"{line['share_of_psql']:.2f}",
     )
-    yield _row("load, COPY and merge, all new", f"{line['load_rows_per_second']:.0f} rows/s")
+    yield _row("load: COPY and merge, all new", f"{line['load_rows_per_second']:.0f} rows/s")
+    yield _row("load, all unchanged", f"{line['unchanged_rows_per_second']:.0f} rows/s")
 
 
 def _export(line: Line) -> Iterator[str]:
     yield _row(
-        f"export and select of {line['listings']} listings, {line['what']}",
+        f"export and select, {line['listings']} listings: {line['what']}",
         f"{line['export_seconds']:.1f} s and {line['select_seconds']:.1f} s",
     )
 

@@ -37,7 +37,7 @@ def main() -> None:
                 measured(args, kind, size, "rendered", made * max(1, 16 // len(made)))
             if args.photos:
                 real = largest(material.own_photos(args.photos), args.images)
-                measured(args, "jpg", size, args.photos.name, material.fitted(folder, real, size))
+                measured(args, "jpg", size, "real", material.fitted(folder, real, size))
 
 
 def largest(paths: list[Path], count: int) -> list[Path]:

@@ -21,7 +21,7 @@ from pipeline.encode import EncodeJob, Line
 def main() -> None:
     parser = material.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=[*material.SIZES], choices=material.SIZES)
-    parser.add_argument("--images", type=int, default=128, help="photos of each size")
+    parser.add_argument("--images", type=int, default=256, help="photos of each size")
     parser.add_argument("--photos", type=Path, help="these photos instead")
     parser.add_argument("--decode", default="scaled", choices=["full", "scaled"])
     args = parser.parse_args()

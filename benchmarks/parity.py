@@ -29,7 +29,7 @@ def main() -> None:
             if args.photos
             else material.photos(folder, "2 MP", min(args.images, 48))
         )
-        name = args.photos.name if args.photos else "rendered"
+        name = "real" if args.photos else "rendered"
         compare(paths[: args.images], material.trained(folder), name, args.threads)
 
 
