@@ -9,7 +9,7 @@ from benchmarks import material, measure
 from pipeline import database, load, parquet
 from pipeline.demo.postgres import binary
 
-STAGING = [sql.format(dim=512).replace(" ON COMMIT DROP", "") for sql in load.STAGING_SQL]
+STAGING = [statement.replace(" ON COMMIT DROP", "") for statement in load.staging_sql(512)]
 
 
 def main() -> None:

@@ -31,14 +31,6 @@ BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
 MESSAGE_ROWS = 32  # 64 KB: half the socket's buffer, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
-# Columns in the order of target.sql. As there, PLAIN keeps a vector in its row: TOAST would take
-# half of the time.
-STAGING_SQL = (
-    f"CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz, source text,"
-    " model_rev text, pca_rev text, vec vector({dim}), n_images int) ON COMMIT DROP",
-    f"ALTER TABLE pg_temp.{STAGING} ALTER COLUMN vec SET STORAGE PLAIN",
-)
-
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
 _MERGE_SQL = f"""
     WITH merged AS (
@@ -156,14 +148,27 @@ def _check_encoder(
         target.register_encoder(cursor, environment, identity, encoder)
 
 
+def staging_sql(dim: int) -> tuple[str, str]:
+    """What makes the staging table: columns and storage as in target.sql.
+
+    By itself, Postgres would cut vectors of 512 dimensions out of their rows, for half of the time.
+    """
+    return (
+        f"CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz,"
+        f" source text, model_rev text, pca_rev text, vec vector({dim}), n_images int)"
+        " ON COMMIT DROP",
+        f"ALTER TABLE pg_temp.{STAGING} ALTER COLUMN vec SET STORAGE {target.storage(dim)}",
+    )
+
+
 def stage(connection: Connection, vectors: Path, dim: int) -> int:
     """COPY listing_vectors.parquet into the staging table; returns the number of rows.
 
     A thread reads and converts ahead of the one that sends. Memory does not grow with the file.
     """
     with database.translated_errors("staging table"), connection.cursor() as cursor:
-        for statement in STAGING_SQL:
-            cursor.execute(statement.format(dim=dim))
+        for statement in staging_sql(dim):
+            cursor.execute(statement)
         messages = (
             batch.slice(start, MESSAGE_ROWS)
             for batch in _one_ahead(wire_batches(vectors))

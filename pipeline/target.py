@@ -11,6 +11,7 @@ from pipeline import database, source
 from pipeline.errors import DatabaseError, MixedModels
 from pipeline.settings import Environment, identifier
 
+WIDEST_IN_ROW = 1900  # dimensions; a row that is not cut up must fit a page of 8 kB
 KEY = ("listing_id", "edited_date", "source", "model_rev", "pca_rev")
 _TYPES = {
     "listing_id": "bigint",
@@ -46,10 +47,15 @@ def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: 
     """Create the target and its registry, and with `inputs` the three input tables for a trial."""
     with database.translated_errors():
         cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
-    names = _names(environment) | {"dimension": str(dimension)}
+    names = _names(environment) | {"dimension": str(dimension), "storage": storage(dimension)}
     scripts = ["target.sql", "registry.sql"] + (["inputs.sql"] if inputs else [])
     for script in scripts:
         _run_script(cursor, script, names)
+
+
+def storage(dimension: int) -> str:
+    """How Postgres is to store vectors: in their rows (PLAIN), or beside them if too long."""
+    return "PLAIN" if dimension <= WIDEST_IN_ROW else "EXTERNAL"
 
 
 def role_sql(environment: Environment, role: str) -> str:

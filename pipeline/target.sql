@@ -12,4 +12,4 @@ CREATE TABLE IF NOT EXISTS {vectors} (
     PRIMARY KEY (listing_id, edited_date, source, model_rev, pca_rev)
 );
 -- A 512-d vector is 2056 bytes, just over the TOAST threshold; PLAIN keeps it in its row.
-ALTER TABLE {vectors} ALTER COLUMN vec SET STORAGE PLAIN;
+ALTER TABLE {vectors} ALTER COLUMN vec SET STORAGE {storage};

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def write_model(folder: Path, kind: str = "vit", **changes: Any) -> str:
     return f"local-dir:{folder}"
 
 
-def load(name: str, precision: str = "fp32", batch_size: int = 8) -> Encoder:
-    return load_encoder(find_model(name, ""), "cpu", precision, 2, batch_size)
+def load(name: str, precision: str = "fp32", batch_size: int = 8, device: str = "cpu") -> Encoder:
+    return load_encoder(find_model(name, ""), device, precision, 2, batch_size)
 
 
 def photos(encoder: Encoder, rows: int, seed: int = 0) -> torch.Tensor:
@@ -291,6 +292,23 @@ def test_vectors_are_open_clips(kind: str, request: pytest.FixtureRequest) -> No
     assert encoder.dim == DIM
     np.testing.assert_allclose(vectors, expected, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp32", 0.99999), ("fp16", 0.999), ("bf16", 0.99)]
+)
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_a_gpu_points_the_same_way(
+    kind: str, precision: str, least: float, request: pytest.FixtureRequest
+) -> None:
+    """More threads than buffers: each vector is that photo's, as close as the precision allows."""
+    name = request.getfixturevalue(kind)
+    exact, rounded = load(name), load(name, precision, device="cuda")
+    batches = [photos(exact, 11, seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        for batch, vectors in zip(batches, pool.map(rounded.encode, batches), strict=True):
+            assert least < np.einsum("ij,ij->i", vectors, exact.encode(batch)).min()
 
 
 def test_bf16_is_close(vit: str) -> None:

@@ -127,6 +127,18 @@ def test_a_row_that_the_server_refuses_ends_the_copy(load: Load) -> None:
     assert [] == load.table()
 
 
+@pytest.mark.parametrize("dim", [target.WIDEST_IN_ROW, target.WIDEST_IN_ROW + 1, 4096])
+def test_any_dimension_loads(load: Load, dim: int) -> None:
+    """A vector is stored whole, be it shorter or longer than a page of the database."""
+    load.database.execute("DROP TABLE ml.img_vec512_v1")
+    target.create_tables(Environment.read({}), dim, inputs=False)
+    vec = [i / dim - 0.3 for i in range(dim)]
+
+    assert 1 == load.run((1, vec, 1), dim=dim)["inserted"]
+    [(stored,)] = load.database.execute("SELECT vec::real[] FROM ml.img_vec512_v1")
+    assert pa.array(vec, pa.float32()).to_pylist() == stored
+
+
 def test_only_rows_that_differ_are_written(load: Load) -> None:
     """A vector or an n_images that changed is written; an equal row keeps its updated_at."""
     load.run((1, [1, 0, 0], 1), (2, [0, 1, 0], 2), (3, [0, 0, 1], 3))
