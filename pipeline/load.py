@@ -28,7 +28,7 @@ from pipeline.settings import Environment, Settings
 log = logging.getLogger("pipeline")
 
 BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
-MESSAGE_ROWS = 32  # 64 KB: half the socket's buffer, so the server works while the next is made
+MESSAGE_ROWS = 32  # 64 KB: a socket holds it, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
