@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def watch(what: str, selected: Path, encoded: Path, job: EncodeJob, images: int) -> None:
-    """One line: the most memory in the first hundredth, half and all of the time."""
+    """One line: the most memory up to some shares of the time."""
     with measure.memory() as memory:
         stats = encode.encode(selected, encoded, job.chosen, job)
     marks = {f"{share:.0%}": round(memory.after(share)) for share in (0.02, 0.25, 0.5, 0.75, 1)}

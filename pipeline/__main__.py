@@ -77,9 +77,15 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
 def create_table(args: argparse.Namespace) -> None:
     """Create what is missing; leave alone what is there."""
     environment = Environment.read()
-    dimension = args.dimension or preflight.model_of(settings.read_config(args.config)).embed_dim
-    if not dimension:
+    dimension = args.dimension
+    if dimension is None:
+        dimension = preflight.model_of(settings.read_config(args.config)).embed_dim
+    if dimension is None:
         raise SettingsError("a vector dimension", "a model that does not say", "", "--dimension N")
+    if not 1 <= dimension <= target.MOST_DIMENSIONS:
+        raise SettingsError(
+            f"--dimension from 1 to {target.MOST_DIMENSIONS}", str(dimension), "command line"
+        )
     target.create_tables(environment, dimension, inputs=args.all)
     print(f"{database.quoted(environment.vectors)} is there, vec vector({dimension})")
 

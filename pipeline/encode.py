@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # a shard with nothing to encode loads no torch
     from pipeline.encoder import Encoder
 
 CHUNK_ROWS = 1024  # looked up in the cache together, and written together
-LONGEST_WAIT = 8192  # rows that one that is not done holds back before it is hurried, at least
+LONGEST_WAIT = 8192  # at least so many rows wait behind one that is not done, before it is hurried
 REFRESH_S = 5.0  # how often vectors of other running shards are picked up
 GPU_BATCHES = 2  # one computes while the next is copied
 STAT_THREADS = 8  # on network filesystems a stat is a round trip

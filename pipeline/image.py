@@ -47,6 +47,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # A few kilobytes of crafted progressive JPEG may ask for minutes of work; cameras write ten scans.
 _MAX_SCANS = 500
 _START_OF_SCAN = b"\xff\xda"
+# Chunks behind a WebP's pixels. Where pixels are cut short, the fast decoder would read on there.
+_AFTER_WEBP = {"exif", "xmp"}
 # A photo resized to more than this many crops in a row loses its ends before (see _narrowed).
 _MAX_CROPS = 32
 _JPEG_SCALES = (8, 4, 2)
@@ -162,14 +164,14 @@ def _load(
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_size(image, max_pixels)
         pixels = None
-        if image.format in ("JPEG", "MPO", "WEBP") and image.mode in ("RGB", "L"):
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             orientation = _orientation(image) if upright else 1
             size = image.height, image.width
-            if image.format == "WEBP":
-                pixels = _decode_webp(data, size)
-            else:
-                scale = jpeg_scale(size, transform, decode, orientation)
-                pixels = _decode_jpeg(image, data, scale)
+            pixels = _decode_jpeg(image, data, jpeg_scale(size, transform, decode, orientation))
+        elif image.format == "WEBP" and image.mode == "RGB" and not image.info.keys() & _AFTER_WEBP:
+            orientation = 1
+            size = image.height, image.width
+            pixels = _decode_webp(data, size)
         if pixels is None:
             # Some plugins know the size and the orientation only now; TIFF turns itself.
             image.load()

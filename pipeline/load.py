@@ -9,7 +9,6 @@ images failed or when the table holds another encoder's vectors under the same k
 import argparse
 import json
 import logging
-import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from pipeline.settings import Environment, Settings
 log = logging.getLogger("pipeline")
 
 BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
-MESSAGE_ROWS = 32  # 64 KB: a socket holds it, so the server works while the next is made
+MESSAGE_ROWS = 32  # 64 KB of 512-d vectors: small, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
@@ -151,7 +150,8 @@ def _check_encoder(
 def staging_sql(dim: int) -> tuple[str, str]:
     """What makes the staging table: columns and storage as in target.sql.
 
-    By itself, Postgres would cut vectors of 512 dimensions out of their rows, for half of the time.
+    By itself, Postgres would store 512-d vectors outside of their rows, which takes half of the
+    load's time.
     """
     return (
         f"CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz,"
@@ -169,13 +169,14 @@ def stage(connection: Connection, vectors: Path, dim: int) -> int:
     with database.translated_errors("staging table"), connection.cursor() as cursor:
         for statement in staging_sql(dim):
             cursor.execute(statement)
-        messages = (
-            batch.slice(start, MESSAGE_ROWS)
-            for batch in _one_ahead(wire_batches(vectors))
-            for start in range(0, len(batch), MESSAGE_ROWS)
-        )
-        reader = pa.RecordBatchReader.from_batches(_wire_schema(), messages)
-        staged = cursor.adbc_ingest(STAGING, reader, mode="append", temporary=True)
+        failed: list[BaseException] = []
+        reader = pa.RecordBatchReader.from_batches(_wire_schema(), _messages(vectors, failed))
+        try:
+            staged = cursor.adbc_ingest(STAGING, reader, mode="append", temporary=True)
+        except Exception:
+            if failed:  # the driver takes it for an error of its own
+                raise failed[0] from None
+            raise
     expected = parquet.rows([vectors])
     if staged != expected:
         raise DataError(f"{expected} rows staged", str(staged), str(vectors), "load again")
@@ -198,13 +199,22 @@ def _wire_schema() -> pa.Schema:
     return pa.schema(fields)
 
 
-def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same batches; a thread makes the next while the caller works on one.
+def _messages(vectors: Path, failed: list[BaseException]) -> Iterator[pa.RecordBatch]:
+    """The rows in portions to send; what ends them early, a signal too, is kept in `failed`."""
+    try:
+        for batch in _one_ahead(wire_batches(vectors)):
+            for start in range(0, len(batch), MESSAGE_ROWS):
+                yield batch.slice(start, MESSAGE_ROWS)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        failed.append(error)
+        raise
 
-    The thread is nice (on Linux that is its own matter, not the process's): on a machine that
-    has the server too, it must not take the core that the server or the sender waits for.
-    """
-    with ThreadPoolExecutor(1, initializer=os.nice, initargs=(19,)) as thread:
+
+def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches; a thread makes the next while the caller works on one."""
+    with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
             coming = thread.submit(next, batches, None)

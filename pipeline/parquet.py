@@ -172,7 +172,7 @@ def batches(path: Path, rows: int, columns: list[str] | None = None) -> Iterator
     """Record batches of at most `rows` rows in file order, all columns unless some are named.
 
     With pyarrow's own default, pre_buffer, all that was read stays in memory until the end. One
-    thread, the caller's: nearly all of the work is in one column.
+    thread, the caller's: in files of vectors nearly all of the work is in one column.
     """
     with pq.ParquetFile(path, pre_buffer=False) as file:
         yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)

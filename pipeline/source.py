@@ -3,7 +3,9 @@
 The SQL names tables only; every value reaches it through `database.bind`.
 """
 
+import json
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from adbc_driver_manager.dbapi import Cursor
@@ -101,6 +103,19 @@ class Pending:
     candidates: str
     digest: str
     census: str
+
+
+def has_any(cursor: Cursor, environment: Environment, listings: list[tuple[int, datetime]]) -> bool:
+    """Whether one at least of these (listing_id, edited_date) is in the listings table."""
+    wanted = [{"listing_id": i, "edited_date": date.isoformat()} for i, date in listings]
+    found = database.fetch(
+        cursor,
+        f"SELECT EXISTS (SELECT FROM {database.quoted(environment.listings)} l"
+        " JOIN jsonb_to_recordset($1::text::jsonb) AS w(listing_id bigint, edited_date timestamptz)"
+        " ON w.listing_id = l.listing_id AND w.edited_date = l.edited_date::timestamptz)",
+        (json.dumps(wanted),),
+    )
+    return bool(found[0][0])
 
 
 def prepare(

@@ -11,6 +11,7 @@ from pipeline import database, source
 from pipeline.errors import DatabaseError, MixedModels
 from pipeline.settings import Environment, identifier
 
+MOST_DIMENSIONS = 16000  # of pgvector's type vector
 WIDEST_IN_ROW = 1900  # dimensions; a row that is not cut up must fit a page of 8 kB
 KEY = ("listing_id", "edited_date", "source", "model_rev", "pca_rev")
 _TYPES = {
@@ -44,13 +45,18 @@ def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> 
 
 
 def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
-    """Create the target and its registry, and with `inputs` the three input tables for a trial."""
+    """Create the target and its registry, and with `inputs` the three input tables for a trial.
+
+    DatabaseError: a target is there, and has another shape.
+    """
     with database.translated_errors():
         cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    there = source.has_table(cursor, environment.vectors)
     names = _names(environment) | {"dimension": str(dimension), "storage": storage(dimension)}
-    scripts = ["target.sql", "registry.sql"] + (["inputs.sql"] if inputs else [])
-    for script in scripts:
+    scripts = {"target.sql": not there, "registry.sql": True, "inputs.sql": inputs}
+    for script in (name for name, wanted in scripts.items() if wanted):
         _run_script(cursor, script, names)
+    check(cursor, environment, dimension)
 
 
 def storage(dimension: int) -> str:

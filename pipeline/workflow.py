@@ -27,6 +27,8 @@ LISTINGS = Path("results/export/listings.parquet")
 FAILURES = Path("results/aggregate/failures.json")
 RECEIPT = Path("results/load/receipt.json")
 
+SAMPLE_ROWS = 1000  # listings by which an export is known to be of this database
+
 # What of an image may be read; a listing that was refused by them is tried again when they change.
 LIMITS = ("follow_symlinks", "max_image_bytes", "max_image_pixels")
 
@@ -86,10 +88,14 @@ class Workflow:
 
     @functools.cached_property
     def _export(self) -> dict[str, Any] | None:
-        """The params of the export that is needed now; None if nothing ever was pending."""
+        """The params of the export that is needed now; None if none is.
+
+        With nothing pending, the export at hand remains the current one, since what follows from
+        it depends on other settings; unless it is of another database or another key.
+        """
         state = self._source_state(self._recorded)
         if state is None:
-            return self._recorded
+            return self._recorded if self._is_current(self._recorded) else None
         wanted = {
             "limit_listings": self.settings.limit_listings,
             "force": self.settings.force,
@@ -118,9 +124,20 @@ class Workflow:
             "changed_files": failures.changed_files(FAILURES, chosen, self.environment.image_root),
         }
 
+    def _is_current(self, recorded: dict[str, Any] | None) -> bool:
+        """Whether the export at hand is for this key, and its newest listings of this database."""
+        if recorded is None or any(recorded[k] != v for k, v in self.identity.items()):
+            return False
+        newest = next(parquet.batches(LISTINGS, SAMPLE_ROWS, ["listing_id", "edited_date"]), None)
+        if newest is None:
+            return False
+        with database.connect(read_only=True) as connection, connection.cursor() as cursor:
+            rows = zip(*(column.to_pylist() for column in newest.columns), strict=True)
+            return source.has_any(cursor, self.environment, list(rows))
+
     @one_line_errors
     def table(self, wildcards: object) -> list[str]:
-        """Target all: the receipt of the load, or nothing where nothing ever was pending."""
+        """Target all: the receipt of the load, or nothing where there is nothing to load."""
         if os.environ.get("PG_DSN") == database.NO_DATABASE:
             raise SettingsError(
                 "PG_DSN of a database to load into", "none", "", "the target without is: vectors"

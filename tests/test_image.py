@@ -402,6 +402,19 @@ def test_half_a_photo_is_broken(kind: str) -> None:
         load(data[: len(data) // 2])
 
 
+def test_a_webp_cut_short_before_its_exif_is_broken() -> None:
+    """Other bytes behind the pixels do not pass for the rest of them."""
+    whole = saved(scene(600, 400), "WEBP", exif=oriented(1).tobytes() + bytes(4000))
+    start = whole.index(b"VP8 ")
+    length = int.from_bytes(whole[start + 4 : start + 8], "little")
+    end = start + 8 + length + length % 2
+    kept = length // 4 * 2
+    cut = whole[: start + 4] + kept.to_bytes(4, "little") + whole[start + 8 :][:kept] + whole[end:]
+    data = cut[:4] + (len(cut) - 8).to_bytes(4, "little") + cut[8:]
+    with pytest.raises(PhotoError, match="^broken"):
+        load(data)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_max_pixels_is_the_last_size_allowed(kind: str) -> None:
     """One pixel more than max_pixels is too large, in any format."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,37 @@ def test_a_row_that_the_server_refuses_ends_the_copy(load: Load) -> None:
         load.run(*rows)
 
     assert [] == load.table()
+
+
+@pytest.mark.parametrize("end", [SystemExit(143), OSError(5, "Input/output error")])
+def test_an_end_amid_the_copy_is_no_fault_of_the_database(
+    load: Load, end: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal or a broken file ends the load as what it is: at once, and with no row."""
+
+    def ending(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        yield next(batches)
+        raise end
+
+    monkeypatch.setattr(stage, "_one_ahead", ending)
+    with pytest.raises(type(end)) as caught:
+        load.run((1, [1, 0, 0], 1))
+
+    assert end is caught.value
+    assert [] == load.table()
+    assert not load.receipt.exists()
+
+
+def test_a_table_of_another_dimension_stays_as_it_is(load: Load) -> None:
+    """Creating it again with another dimension is refused, and changes nothing."""
+    stored = "SELECT attstorage FROM pg_attribute WHERE attname = 'vec' AND attnum > 0"
+    before = load.database.execute(stored)
+    with pytest.raises(
+        DatabaseError, match=r"expected column vec vector\(4096\).*found vector\(3\)"
+    ):
+        target.create_tables(Environment.read({}), 4096, inputs=False)
+
+    assert before == load.database.execute(stored)
 
 
 @pytest.mark.parametrize("dim", [target.WIDEST_IN_ROW, target.WIDEST_IN_ROW + 1, 4096])

@@ -360,6 +360,21 @@ def test_the_dry_run_writes_no_row(finished: Workspace) -> None:
     assert ["load"] == finished.run("-n").rules
 
 
+def test_a_rest_of_another_database_is_not_loaded(finished: Workspace, server: Path) -> None:
+    """What a run over another database left unfinished never reaches this one's table."""
+    before = finished.database.vectors("listing_id, updated_at")
+    with new_database(server) as other:
+        create_tables(other)
+        other.add_listing(77, ["1/0.jpg"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(finished.env, "PG_DSN", other.dsn)
+            finished.run("selected")
+        run = finished.run()
+
+    assert [] == run.rules
+    assert before == finished.database.vectors("listing_id, updated_at")
+
+
 def test_another_number_of_shards_leaves_no_stale_file(finished: Workspace) -> None:
     """When 1 shard becomes 3, select and encode hold those 3; nothing is encoded or written."""
     rows = finished.database.vectors()
