@@ -37,17 +37,24 @@ def main() -> None:
                 measured(args, kind, size, "rendered", made * max(1, 16 // len(made)))
             if args.photos:
                 real = largest(material.own_photos(args.photos), args.images)
-                measured(args, "jpg", size, "real", material.fitted(folder, real, size))
+                fitted = material.fitted(folder, real, size)
+                measured(args, "jpg", size, "real, resized", fitted * max(1, 16 // len(fitted)))
 
 
 def largest(paths: list[Path], count: int) -> list[Path]:
-    """The photos of the most pixels."""
+    """The photos of the most pixels, without those that cannot be read."""
 
     def pixels(path: Path) -> int:
-        with Image.open(path) as image:
-            return image.width * image.height
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image.width * image.height
+        except Exception:  # noqa: BLE001  Pillow raises all kinds
+            measure.say(f"{path} cannot be read and is left out")
+            return 0
 
-    return sorted(paths, key=pixels, reverse=True)[:count]
+    found = {path: pixels(path) for path in paths}
+    return sorted((p for p in paths if found[p]), key=lambda p: found[p], reverse=True)[:count]
 
 
 def measured(args, kind: str, size: str, photos: str, paths: list[Path]) -> None:  # type: ignore[no-untyped-def]
@@ -83,7 +90,7 @@ def measured(args, kind: str, size: str, photos: str, paths: list[Path]) -> None
         )
     rate = {name: len(paths) / timing.wall for name, timing in best.items()}
     rates = "".join(f"  {name} {r:7.1f}" for name, r in rate.items())
-    measure.say(f"{kind:<16}{size:>6} {photos:<10}{rates} images/s")
+    measure.say(f"{kind:<16}{size:>6} {photos:<13}{rates} images/s")
     measure.emit(
         "decode", format=kind, size=size, photos=photos, megabytes=measure.megabytes(paths),
         **{f"{name}_images_per_second": r for name, r in rate.items()},

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def photos(folder: Path, size: str, count: int) -> list[Path]:
 
 def fitted(folder: Path, sources: list[Path], size: str) -> list[Path]:
     """The photos as JPEGs of a size in SIZES, cut to its shape; made once."""
-    out = folder / f"fitted-{size.replace(' ', '')}"
+    of = hashlib.sha256("".join(f"{p.resolve()} {p.stat()}" for p in sources).encode()).hexdigest()
+    out = folder / f"fitted-{size.replace(' ', '')}-{of[:12]}"
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{number:06d}.jpg" for number in range(len(sources))]
     name, options = FORMATS["jpg"]
