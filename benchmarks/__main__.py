@@ -133,7 +133,8 @@ def _load(line: Line) -> Iterator[str]:
 
 def _export(line: Line) -> Iterator[str]:
     yield _row(
-        f"export and select, {line['listings']} listings of 4 images: {line['what']}",
+        f"export and select, {line['listings']} listings of {line['images_per_listing']} images:"
+        f" {line['what']}",
         f"{line['export_seconds']:.1f} s and {line['select_seconds']:.1f} s",
     )
 

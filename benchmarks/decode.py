@@ -33,12 +33,10 @@ def main() -> None:
             for kind in args.formats:
                 few = files if kind == "jpg" else files[: args.others]
                 made = few if kind == "jpg" else material.converted(folder / size, few, kind)
-                # every pass needs enough photos for all the cores to be busy to its end
-                measured(args, kind, size, "rendered", made * max(1, 16 // len(made)))
+                measured(args, kind, size, "rendered", made)
             if args.photos:
                 real = largest(material.own_photos(args.photos), args.images)
-                fitted = material.fitted(folder, real, size)
-                measured(args, "jpg", size, "real, resized", fitted * max(1, 16 // len(fitted)))
+                measured(args, "jpg", size, "real, resized", material.fitted(folder, real, size))
 
 
 def largest(paths: list[Path], count: int) -> list[Path]:
@@ -54,11 +52,15 @@ def largest(paths: list[Path], count: int) -> list[Path]:
             return 0
 
     found = {path: pixels(path) for path in paths}
+    if not any(found.values()):
+        raise SystemExit("error: expected photos that can be read, found none; hint: --photos")
     return sorted((p for p in paths if found[p]), key=lambda p: found[p], reverse=True)[:count]
 
 
 def measured(args, kind: str, size: str, photos: str, paths: list[Path]) -> None:  # type: ignore[no-untyped-def]
     """One line: images per second of each way to decode the same files."""
+    # Every pass needs enough photos for all the cores to be busy to its end.
+    paths = paths * max(1, 16 // len(paths))
     torch.set_num_threads(1)
     preprocess = full_preprocess({}, 224)
     transform = Transform.from_preprocess_cfg(preprocess)

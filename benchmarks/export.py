@@ -81,7 +81,8 @@ def measured(args: argparse.Namespace, folder: Path, what: str) -> None:
         f" select {select_s:.1f} s; {memory.start:.0f} -> {memory.peak:.0f} MB"
     )
     measure.emit(
-        "export and select", what=what, listings=args.listings, pending=pending, images=rows,
+        "export and select", what=what, listings=args.listings,
+        images_per_listing=args.images, pending=pending, images=rows,
         export_seconds=export_s, select_seconds=select_s,
         megabytes_before=memory.start, megabytes_peak=memory.peak,
     )  # fmt: skip
