@@ -6,20 +6,29 @@ PHOTOS ?=
 
 .PHONY: setup demo demo-stop test lint benchmarks rulegraph lock clean
 
+# A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
+# anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
+MOVED := $(shell if grep -qs '^command = ' .venv/pyvenv.cfg && \
+	! grep -qF -- " $$(cd .venv && pwd -P)" .venv/pyvenv.cfg; then echo moved; fi)
+
 setup: .venv/ready
 
+ifdef MOVED
+.PHONY: .venv/ready
+endif
 .venv/ready: requirements.lock pyproject.toml
+	$(if $(MOVED),@echo "this checkout was moved or copied: its .venv is made anew")
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: expected python3 >= 3.11, found " + sys.version.split()[0] + "; hint: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(if $(MOVED),--clear ).venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 demo: setup
-	$(BIN)/python -m pipeline.demo $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(BIN)/python -m demo $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 demo-stop: setup
-	$(BIN)/python -m pipeline.demo stop
+	$(BIN)/python -m demo stop
 
 test: setup lint
 	$(BIN)/python -m pytest
@@ -36,7 +45,7 @@ benchmarks: setup
 
 # The picture of the rules in the README.
 rulegraph: setup
-	$(BIN)/python -m pipeline.demo.rulegraph README.md
+	$(BIN)/python -m demo.rulegraph README.md
 
 # New versions within the ranges of pyproject.toml.
 lock: setup

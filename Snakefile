@@ -4,27 +4,35 @@
 # logs/<rule>/...        what it said
 #
 # Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark
-import os
+#
+# params name the settings that decide what a rule writes: one that changes reruns it.
+# resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
+# follow_symlinks, max_image_bytes and max_image_pixels; weights is the hash of the model's.
 import sys
 
 from snakemake.utils import min_version
 
 sys.path.insert(0, workflow.basedir)
 
-from pipeline.lifetime import end_stages_on_signals
-from pipeline.workflow import Workflow, code, lock_folder, run_this_checkout
+from pipeline.stage.lifetime import end_stages_on_signals
+from pipeline.stage.settings import PHOTO_LIMITS, Identity
+from pipeline.workflow.code import code
+from pipeline.workflow.ending import end_with_the_error
+from pipeline.workflow.plan import Workflow, config_file, lock_folder, run_this_checkout
 
 min_version("9.11")
 run_this_checkout()
 
+found = config_file()
 
-if os.path.exists("config.yaml"):
+if found:
 
-    configfile: "config.yaml"
+    configfile: found
 
 
-flow = Workflow(config)
+flow = Workflow(config, workflow.configfiles, workflow.config_settings.config)
 settings = flow.settings
+KEY = Identity._fields
 
 
 envvars:
@@ -32,7 +40,7 @@ envvars:
 
 
 scattergather:
-    encode=settings.shards,
+    encode=flow.shards(workflow),
 
 
 localrules:
@@ -48,6 +56,10 @@ onstart:
 
 onsuccess:
     shell("python -m pipeline summary")
+
+
+onerror:
+    end_with_the_error()
 
 
 rule all:
@@ -81,14 +93,14 @@ rule export:
         lock_timeout_s=settings.lock_timeout_s,
         cache_dir=settings.cache_dir,
     params:
-        settings=flow.export,
+        settings=flow.export("limit_listings", "force", *KEY, *PHOTO_LIMITS),
         code=code("export"),
     shell:
         "python -m pipeline.export"
         " --listings {output.listings:q} --images {output.images:q}"
         " {params.settings}"
         " --lock-timeout-s {resources.lock_timeout_s} --cache-dir {resources.cache_dir:q}"
-        " 2>&1 | tee {log:q}"
+        " --log {log:q}"
 
 
 rule select:
@@ -103,14 +115,14 @@ rule select:
     conda:
         "environment.yml"
     params:
-        settings=flow.select,
+        settings=flow.flags("topk", "exclude_stock", "exclude_screenshots"),
         code=code("select"),
     shell:
         "python -m pipeline.select"
         " --listings {input.listings:q} --images {input.images:q} --outputs {output.shards:q}"
         " --prune results/select results/encode"
         " {params.settings}"
-        " 2>&1 | tee {log:q}"
+        " --log {log:q}"
 
 
 rule encode:
@@ -131,8 +143,17 @@ rule encode:
         num_workers=settings.num_workers,
         device=settings.device,
         cache_dir=settings.cache_dir,
+        max_failed_fraction=str(settings.max_failed_fraction),
     params:
-        settings=flow.encode,
+        settings=flow.flags(
+            "model_name",
+            "pretrained",
+            "weights",
+            "precision",
+            "decode",
+            "apply_exif_orientation",
+            *PHOTO_LIMITS,
+        ),
         code=code("encode"),
     shell:
         "python -m pipeline.encode"
@@ -140,7 +161,8 @@ rule encode:
         " {params.settings}"
         " --batch-size {resources.batch_size} --num-workers {resources.num_workers}"
         " --device {resources.device} --threads {threads} --cache-dir {resources.cache_dir:q}"
-        " 2>&1 | tee {log:q}"
+        " --max-failed-fraction {resources.max_failed_fraction}"
+        " --log {log:q}"
 
 
 rule aggregate:
@@ -150,6 +172,7 @@ rule aggregate:
         images="results/export/images.parquet",
     output:
         vectors="results/aggregate/listing_vectors.parquet",
+        without_vector="results/aggregate/without_vector.parquet",
         failures="results/aggregate/failures.json",
     log:
         "logs/aggregate.log",
@@ -157,23 +180,25 @@ rule aggregate:
         "environment.yml"
     resources:
         mem_mb=settings.memory_mb,
+        max_failed_fraction=str(settings.max_failed_fraction),
     params:
-        settings=flow.aggregate,
+        settings=flow.flags(*KEY),
         code=code("aggregate"),
     shell:
         "python -m pipeline.aggregate"
         " --encoded {input.encoded:q} --images {input.images:q}"
-        " --output {output.vectors:q} --failures {output.failures:q}"
+        " --output {output.vectors:q} --without-vector {output.without_vector:q}"
+        " --failures {output.failures:q}"
         " {params.settings}"
-        " --memory-mb {resources.mem_mb}"
-        " 2>&1 | tee {log:q}"
+        " --memory-mb {resources.mem_mb} --max-failed-fraction {resources.max_failed_fraction}"
+        " --log {log:q}"
 
 
 rule load:
     """COPY and merge."""
     input:
         vectors="results/aggregate/listing_vectors.parquet",
-        failures="results/aggregate/failures.json",
+        without_vector="results/aggregate/without_vector.parquet",
         listings="results/export/listings.parquet",
     output:
         receipt="results/load/receipt.json",
@@ -185,15 +210,15 @@ rule load:
         lock_timeout_s=settings.lock_timeout_s,
         cache_dir=settings.cache_dir,
     params:
-        settings=flow.load,
+        settings=flow.flags(*PHOTO_LIMITS),
         code=code("load"),
     shell:
         "python -m pipeline.load"
-        " --vectors {input.vectors:q} --failures {input.failures:q} --listings {input.listings:q}"
-        " --receipt {output.receipt:q}"
+        " --vectors {input.vectors:q} --without-vector {input.without_vector:q}"
+        " --listings {input.listings:q} --receipt {output.receipt:q}"
         " {params.settings}"
         " --lock-timeout-s {resources.lock_timeout_s} --cache-dir {resources.cache_dir:q}"
-        " 2>&1 | tee {log:q}"
+        " --log {log:q}"
 
 
 rule benchmark:
@@ -213,7 +238,16 @@ rule benchmark:
         num_workers=settings.num_workers,
         device=settings.device,
     params:
-        settings=flow.benchmark,
+        settings=flow.flags(
+            "model_name",
+            "pretrained",
+            "weights",
+            "precision",
+            "decode",
+            "apply_exif_orientation",
+            *PHOTO_LIMITS,
+            "benchmark_images",
+        ),
         code=code("benchmark"),
     shell:
         "python -m pipeline.benchmark"
@@ -221,4 +255,4 @@ rule benchmark:
         " {params.settings}"
         " --batch-size {resources.batch_size} --num-workers {resources.num_workers}"
         " --device {resources.device} --threads {threads}"
-        " 2>&1 | tee {log:q}"
+        " --log {log:q}"

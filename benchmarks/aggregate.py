@@ -16,6 +16,7 @@ def main() -> None:
         flags = argparse.Namespace(
             encoded=[encoded], images=folder / "images.parquet",
             output=folder / "vectors.parquet", failures=folder / "failures.json",
+            without_vector=folder / "without_vector.parquet",
         )  # fmt: skip
         with measure.memory() as memory:
             best = measure.fastest(

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks import material, measure, plain
-from pipeline.image import Decode, Transform, jpeg_scale, load_pixels
-from pipeline.model import full_preprocess
+from pipeline.encoder.model import full_preprocess
+from pipeline.photos.pixels import Decode, Transform, jpeg_scale, load_pixels
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ import open_clip
 import torch
 
 from benchmarks import material, measure, plain
-from pipeline import aggregate, benchmark, encode, load, parquet
-from pipeline.cache import NoCache
+from pipeline import aggregate, benchmark, encode, load
+from pipeline.cache.vectors import NoCache
 from pipeline.encode import EncodeJob, Line
+from pipeline.stage import parquet
 
 
 def main() -> None:
@@ -97,11 +98,16 @@ class Ours:
         material.select_shard(made["selected"], self.storage_paths)
         encode.encode(made["selected"], made["encoded"], self.job.chosen, self.job)
         failures, images = self.folder / "failures.json", self.folder / "images.parquet"
+        without_vector = self.folder / "without_vector.parquet"
         revision = {"model_rev": f"benchmark-{next(self.numbers)}", "source": self.folder.name}
         chosen = self.job.chosen.model_copy(update=revision)
         aggregate.aggregate(
             argparse.Namespace(
-                encoded=[made["encoded"]], output=made["vectors"], failures=failures, images=images
+                encoded=[made["encoded"]],
+                output=made["vectors"],
+                failures=failures,
+                without_vector=without_vector,
+                images=images,
             ),
             chosen,
         )
@@ -110,7 +116,10 @@ class Ours:
         receipt = self.folder / "receipt.json"
         load.load(
             argparse.Namespace(
-                vectors=made["vectors"], failures=failures, listings=images, receipt=receipt
+                vectors=made["vectors"],
+                without_vector=without_vector,
+                listings=images,
+                receipt=receipt,
             ),
             chosen,
             material.environment(),

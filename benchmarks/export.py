@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 
 from benchmarks import material, measure
-from pipeline import database, parquet, select
 from pipeline import export as stage
+from pipeline import select
+from pipeline.database.connection import connect
+from pipeline.stage import parquet
 
 FILL = """
     INSERT INTO "iPhone".iphone_listings (generation, listing_id, edited_date, url, spam)
@@ -51,7 +53,7 @@ def main() -> None:
 
 def run(script: str) -> None:
     """Each statement of a script."""
-    with database.connect() as connection:
+    with connect() as connection:
         with connection.cursor() as cursor:
             for statement in script.split(";"):
                 cursor.execute(statement)

@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 from benchmarks import material, measure
-from pipeline import database, load, parquet
-from pipeline.demo.postgres import binary
+from demo.postgres import binary
+from pipeline import load
+from pipeline.database.connection import connect
+from pipeline.stage import parquet
 
 STAGING = [statement.replace(" ON COMMIT DROP", "") for statement in load.staging_sql(512)]
 
@@ -49,13 +51,13 @@ def main() -> None:
 
 def stage(vectors: Path) -> None:
     """What the load does before it merges; uncommitted, so nothing is kept."""
-    with database.connect() as connection:
+    with connect() as connection:
         load.stage(connection, vectors, 512)
 
 
 def dumped(dsn: str, vectors: Path, dump: Path) -> None:
     """The rows as psql would send them: out of a table that the load's own COPY filled."""
-    with database.connect() as connection:
+    with connect() as connection:
         load.stage(connection, vectors, 512)
         with connection.cursor() as cursor:
             cursor.execute(f"CREATE TABLE dumped AS SELECT * FROM pg_temp.{load.STAGING}")
@@ -78,16 +80,16 @@ def psql(dsn: str, *commands: str) -> None:
 
 def load_all(folder: Path, vectors: Path) -> None:
     """The whole stage: COPY, merge, receipt."""
-    failures, listings = folder / "failures.json", folder / "listings.parquet"
-    parquet.write_json(
-        failures,
-        {"failed": {}, "images": 1, "listings": 1, "listings_without_vector": []},
-    )
-    with parquet.writer(listings, parquet.LISTINGS, {}):
-        pass
+    without_vector, listings = folder / "without_vector.parquet", folder / "listings.parquet"
+    for path, schema in ((without_vector, parquet.WITHOUT_VECTOR), (listings, parquet.LISTINGS)):
+        with parquet.writer(path, schema, {}):
+            pass
     load.load(
         argparse.Namespace(
-            vectors=vectors, failures=failures, listings=listings, receipt=folder / "receipt.json"
+            vectors=vectors,
+            without_vector=without_vector,
+            listings=listings,
+            receipt=folder / "receipt.json",
         ),
         material.defaults().model_copy(update={"cache_dir": str(folder / "load-cache")}),
         material.environment(),

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from pipeline import parquet, settings, target
-from pipeline.demo import postgres, render
-from pipeline.demo.marketplace import IMAGE_SUFFIXES
+from demo import postgres, render
+from demo.marketplace import IMAGE_SUFFIXES
+from pipeline.database import target
 from pipeline.encode import EncodeJob
-from pipeline.settings import Environment, Settings
+from pipeline.stage import parquet, settings
+from pipeline.stage.settings import Environment, Settings
 
 SIZES = {"2 MP": (1600, 1200), "12 MP": (4000, 3000)}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,21 +126,21 @@ def small_name(folder: Path, number: int) -> Path:
 
 def vit(folder: Path) -> str:
     """The model_name of a ViT-B-32 with weights from a fixed seed."""
-    from pipeline.demo import encoder  # imports torch, which only some benchmarks need
+    from demo import encoder  # imports torch, which only some benchmarks need
 
     return f"local-dir:{encoder.random_encoder(folder / 'vit-b-32', model_name='ViT-B-32')}"
 
 
 def tiny(folder: Path) -> str:
     """The model_name of an encoder that takes no time."""
-    from pipeline.demo import encoder  # imports torch, which only some benchmarks need
+    from demo import encoder  # imports torch, which only some benchmarks need
 
     return f"local-dir:{encoder.random_encoder(folder / 'tiny')}"
 
 
 def trained(folder: Path) -> str:
     """The model_name of EfficientNet-Lite0 with ImageNet's weights."""
-    from pipeline.demo import encoder  # imports torch, which only some benchmarks need
+    from demo import encoder  # imports torch, which only some benchmarks need
 
     return f"local-dir:{encoder.efficientnet_encoder(folder / 'efficientnet-lite0')}"
 
@@ -204,7 +205,12 @@ def encode_shard(path: Path, images: int, per_listing: int = 2, dim: int = 512) 
 def listing_vectors(path: Path, listings: int, dim: int = 512) -> Path:
     """What aggregate writes, of random unit vectors."""
     schema = parquet.listing_vectors(dim)
-    made_by = {"export": {"force": False}, "encoder": ENCODER, "aggregate": IDENTITY}
+    made_by = {
+        "export": {"force": False},
+        "select": defaults().recipe,
+        "encoder": ENCODER,
+        "aggregate": IDENTITY,
+    }
     with parquet.writer(path, schema, made_by) as writer:
         for start in range(0, listings, 4096):
             listing = np.arange(start, min(listings, start + 4096))

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from benchmarks import material, measure, plain
-from pipeline.encoder import load_encoder
-from pipeline.image import Decode, Transform, load_pixels
-from pipeline.model import find_model
-from pipeline.photo_files import PhotoError
+from pipeline.encoder.model import find_model
+from pipeline.encoder.tower import load_encoder
+from pipeline.photos.files import PhotoError
+from pipeline.photos.pixels import Decode, Transform, load_pixels
 
 
 def main() -> None:

@@ -5,12 +5,19 @@ The stages are commands too: python -m pipeline.export, .select, .encode, .aggre
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import cache, command, database, preflight, run, settings, summary, target
-from pipeline.errors import SettingsError
-from pipeline.settings import Environment, Settings
+from pipeline.cache import prune
+from pipeline.cache.parts import VECTORS
+from pipeline.database import target
+from pipeline.database.connection import quoted
+from pipeline.encoder.model import model_of
+from pipeline.stage import command, settings
+from pipeline.stage.errors import SettingsError
+from pipeline.stage.settings import Environment, Settings
+from pipeline.workflow import preflight, retire, run, summary
 
 
 def main() -> None:
@@ -21,6 +28,7 @@ def main() -> None:
     _add(commands, "check", _add_config, check)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "role-sql", _add_role, print_role_sql)
+    _add(commands, "retire", retire.add_flags, retire.main)
     _add(commands, "summary", lambda parser: None, lambda args: summary.main())
     _add(commands, "cache", _add_cache, show_or_prune_cache)
     args = parser.parse_args()
@@ -32,6 +40,7 @@ _HELP = {
     "check": "check settings, database, tables, model, weights and image root, in seconds",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
     "role-sql": "print the SQL of a role that can run the job and nothing else",
+    "retire": "delete vectors of gone listings, of earlier edits or of a key, as their owner",
     "summary": "say what the last run did and where its files are",
     "cache": "show the size and hit rate of the vector cache, or prune it",
 }
@@ -61,9 +70,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The whole preflight; one line per thing checked."""
-    for line in preflight.check_all(settings.read_config(args.config), Environment.read()):
-        print(f"ok  {line}")
+    """The whole preflight: a line per thing checked, and exit code 1 if there is an error."""
+    wrong = False
+    for level, text in preflight.check_all(settings.read_config(args.config), Environment.read()):
+        wrong |= level == "error"
+        if level == "error":
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        else:
+            print(f"{level:<3} {text}", flush=True)
+    if wrong:
+        sys.exit(1)
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +95,7 @@ def create_table(args: argparse.Namespace) -> None:
     environment = Environment.read()
     dimension = args.dimension
     if dimension is None:
-        dimension = preflight.model_of(settings.read_config(args.config)).embed_dim
+        dimension = model_of(settings.read_config(args.config)).embed_dim
     if dimension is None:
         raise SettingsError("a vector dimension", "a model that does not say", "", "--dimension N")
     if not 1 <= dimension <= target.MOST_DIMENSIONS:
@@ -87,7 +103,7 @@ def create_table(args: argparse.Namespace) -> None:
             f"--dimension from 1 to {target.MOST_DIMENSIONS}", str(dimension), "command line"
         )
     target.create_tables(environment, dimension, inputs=args.all)
-    print(f"{database.quoted(environment.vectors)} is there, vec vector({dimension})")
+    print(f"{quoted(environment.vectors)} is there, vec vector({dimension})")
 
 
 def _add_role(parser: argparse.ArgumentParser) -> None:
@@ -113,17 +129,17 @@ def show_or_prune_cache(args: argparse.Namespace) -> None:
     """Show or prune the vector cache."""
     folder = Path(args.cache_dir)
     if args.what == "prune":
-        freed = cache.prune(
+        freed = prune.prune(
             folder,
             max_bytes=None if args.max_mb is None else int(args.max_mb * 1e6),
             older_than_days=args.older_than_days,
             root=args.image_root,
         )
         print(f"{freed / 1e6:.1f} MB freed")
-    for encoder in cache.stats(folder):
+    for encoder in prune.stats(folder):
         made_by = encoder.fingerprint
         print(
-            f"{folder / cache.VECTORS / encoder.folder}: {encoder.entries} images"
+            f"{folder / VECTORS / encoder.folder}: {encoder.entries} images"
             f" ({encoder.failures} broken), {encoder.bytes / 1e6:.1f} MB in {encoder.parts} files;"
             f" weights {str(made_by.get('weights', '?'))[:24]}, {made_by.get('precision')},"
             f" {made_by.get('decode')}"

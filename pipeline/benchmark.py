@@ -17,19 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline import command, parquet, settings
-from pipeline.cache import NoCache
-from pipeline.command import log
+from pipeline.cache.vectors import NoCache
 from pipeline.encode import SETTINGS, EncodeJob, Line, Photo, add_encoder_flags
-from pipeline.errors import DataError
-from pipeline.photo_files import PhotoError
-from pipeline.settings import Environment, Settings
+from pipeline.photos.files import PhotoError
+from pipeline.stage import command, parquet, settings
+from pipeline.stage.command import log
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Environment, Settings
 
 CHUNK = 256  # images held in memory while the stages are timed apart; more on many cores
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.stage_parser(__doc__)
     parser.add_argument("--selected", type=Path, required=True, help="select shard to read")
     parser.add_argument("--report", type=Path, required=True, help="benchmark.json to write")
     add_encoder_flags(parser)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -27,35 +27,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import command, parquet, preflight, settings
-from pipeline.cache import VectorCache
-from pipeline.command import log
-from pipeline.errors import DataError, ModelError
-from pipeline.model import (
+from pipeline.cache.vectors import VectorCache
+from pipeline.encoder.model import (
     Fingerprint,
     Model,
     fingerprint,
+    model_of,
     resolve_device,
     resolve_precision,
 )
-from pipeline.photo_files import FileStat, PhotoError, PhotoFolder
-from pipeline.settings import Environment, Settings
+from pipeline.photos.files import (
+    NOT_THERE,
+    FileStat,
+    PhotoError,
+    PhotoFolder,
+    check_image_root,
+)
+from pipeline.stage import command, parquet, settings
+from pipeline.stage.command import log
+from pipeline.stage.errors import DataError, ModelError, WrongImageRoot
+from pipeline.stage.settings import Environment, Settings
 
 if TYPE_CHECKING:  # a shard with nothing to encode loads no torch
     import torch
 
-    from pipeline.encoder import Encoder
+    from pipeline.encoder.tower import Encoder
 
 CHUNK_ROWS = 1024  # looked up in the cache together, and written together
 LONGEST_WAIT = 8192  # at least so many rows wait behind one that is not done, before it is hurried
 REFRESH_S = 5.0  # how often vectors of other running shards are picked up
 GPU_BATCHES = 2  # one computes while the next is copied
+LEAVE_S = 2.0  # for batches under way when the line ends with an error
 STAT_THREADS = 8  # on network filesystems a stat is a round trip
 NO_VECTOR = "vector: the encoder gave a zero or non-finite vector"
 
 SETTINGS = (
-    "model_name", "pretrained", "precision", "decode", "apply_exif_orientation", "follow_symlinks",
-    "max_image_bytes", "max_image_pixels", "batch_size", "num_workers", "device",
+    "model_name", "pretrained", "precision", "decode", "apply_exif_orientation",
+    *settings.PHOTO_LIMITS, "batch_size", "num_workers", "device",
 )  # fmt: skip
 
 
@@ -69,12 +77,12 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = command.parser(__doc__)
+    parser = command.stage_parser(__doc__)
     parser.add_argument("--selected", type=Path, required=True, help="select shard to read")
     parser.add_argument("--encoded", type=Path, required=True, help="encode shard to write")
     parser.add_argument("--stats", type=Path, required=True, help="statistics to write (JSON)")
     add_encoder_flags(parser)
-    settings.add_flags(parser, "cache_dir")
+    settings.add_flags(parser, "cache_dir", "max_failed_fraction")
     return parser.parse_args()
 
 
@@ -103,8 +111,8 @@ class EncodeJob:
         cls, chosen: Settings, environment: Environment, threads: int, weights: str = ""
     ) -> "EncodeJob":
         """Check the image root, the model and the device; loads neither torch nor weights."""
-        preflight.check_image_root(environment.image_root)
-        model = preflight.model_of(chosen)
+        check_image_root(environment.image_root)
+        model = model_of(chosen)
         if weights and model.weights != weights:
             raise ModelError(
                 f"weights {weights[:12]}", model.weights[:12], chosen.model_name,
@@ -136,17 +144,36 @@ class EncodeJob:
         Without it every photo would count as missing, and listings would go in with the few
         images that were read before.
         """
-        preflight.check_image_root(self.photos.root)
+        check_image_root(self.photos.root)
         if _folder_id(self.photos.root) != self.root:
             raise DataError(
                 "the folder of images that was there at the start", "another",
                 str(self.photos.root), "run it again; nothing that was encoded is lost",
             )  # fmt: skip
 
+    def check_witnesses(self, witnesses: list[list[str]]) -> int:
+        """How many of these listings still have a photo; WrongImageRoot if most have lost theirs.
+
+        Each names photos of a listing that has a vector. One alone is no evidence.
+        """
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            there = sum(pool.map(self.photos.has_any, witnesses))
+        gone = len(witnesses) - there
+        if gone > max(1, self.chosen.max_failed_fraction * len(witnesses)):
+            raise WrongImageRoot(
+                f"at most {self.chosen.max_failed_fraction:.0%} of the listings that have a vector"
+                " to have lost their photos (max_failed_fraction)",
+                f"{gone} of the {len(witnesses)} newest",
+                str(self.photos.root),
+                "check IMAGE_ROOT_DIR; if the photos were removed on purpose:"
+                " --config max_failed_fraction=1",
+            )
+        return there
+
     @functools.cached_property
     def encoder(self) -> "Encoder":
         """The encoder with its weights in memory, loaded once; imports torch."""
-        from pipeline.encoder import load_encoder
+        from pipeline.encoder.tower import load_encoder
 
         return load_encoder(
             self.model, self.device, self.precision, self.threads, self.chosen.batch_size
@@ -179,7 +206,7 @@ class Decoder:
     def __init__(self, preprocess: dict[str, Any], chosen: Settings) -> None:
         import torch
 
-        from pipeline.image import Transform, load_pixels
+        from pipeline.photos.pixels import Transform, load_pixels
 
         torch.set_num_threads(1)  # photos are decoded side by side, not each by many
         self._load = load_pixels
@@ -257,13 +284,15 @@ def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> S
     """Write the encode shard; returns its statistics."""
     made_by = parquet.metadata(selected)
     made_by["encoder"] = job.fingerprint.as_dict()
+    expected = parquet.rows([selected])
+    witnesses = made_by.pop("witnesses", [])
+    made_by["witnesses_there"] = job.check_witnesses(witnesses) if expected else 0
     force = made_by.get("export", {}).get("force", False)
     cache = VectorCache.of(Path(chosen.cache_dir), job.fingerprint, job.dim, read=not force)
     start = time.monotonic()
     with cache, Line(job, cache) as line:
         stats = _write(selected, encoded, made_by, line)
     stats.seconds = time.monotonic() - start
-    expected = parquet.rows([selected])
     if stats.images != expected:
         raise DataError(f"{expected} images", f"{stats.images} encoded", str(encoded))
     return stats
@@ -291,7 +320,7 @@ def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line")
 def _counted(photos: Iterable[Photo], stats: Stats, progress: command.Progress) -> Iterator[Photo]:
     for photo in photos:
         stats.add(photo)
-        progress.update(stats.images)
+        progress.update(stats.images, stats.how["encoded"])
         yield photo
 
 
@@ -329,11 +358,18 @@ class Line(AbstractContextManager["Line"]):
         self.decoders = self.encoders = ThreadPoolExecutor(job.workers, "decode")
         if job.device != "cpu":
             self.encoders = ThreadPoolExecutor(GPU_BATCHES, "encode")
+        self.over = False
 
-    def __exit__(self, *exc: object) -> None:
-        self.decoders.shutdown(cancel_futures=True)
-        self.encoders.shutdown(cancel_futures=True)
-        self.statters.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """After an error, batches under way are kept if they are done in a moment.
+
+        No thread is waited for then: one may read from a disk that does not answer.
+        """
+        for pool in (self.decoders, self.encoders, self.statters):
+            pool.shutdown(wait=kind is None, cancel_futures=True)
+        wait([batch for batch in self.encoding if not batch.cancelled()], LEAVE_S)
+        with self.lock:
+            self.over = True  # the cache closes now
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -365,7 +401,7 @@ class Line(AbstractContextManager["Line"]):
             photo.error = str(error)
 
     def _check_missing(self, error: PhotoError) -> None:
-        if error.reason == "missing":
+        if str(error).startswith(NOT_THERE):
             self.job.check_root()
 
     def _refresh(self) -> None:
@@ -432,18 +468,30 @@ class Line(AbstractContextManager["Line"]):
             return False
 
     def _collect(self, photo: Photo, work: Future[None]) -> None:
-        work.result()
+        self._await(work)
         if photo.pixels is not None:
             self.batch.append(photo)
         if self.batch and len(self.batch) == self.job.encoder.batch_rows:
             self._send_batch()
+
+    def _await(self, work: Future[None]) -> None:
+        """Wait for a photo; the error of a batch, or its own, comes out as soon as it is there."""
+        while True:
+            for batch in self.encoding:
+                if batch.done():
+                    batch.result()
+            if work.done():
+                return work.result()
+            running = [batch for batch in self.encoding if not batch.done()]
+            wait([work, *running], return_when=FIRST_COMPLETED)
 
     def _send_batch(self) -> None:
         """Have the batch encoded; waits while as many are on their way as can be worked on."""
         batch, self.batch = self.batch, []
         self.encoding.append(self.encoders.submit(self._encode, batch))
         while len(self.encoding) > self.batches_under_way:
-            self.encoding.popleft().result()
+            self._await(self.encoding[0])
+            self.encoding.popleft()
 
     @property
     def batches_under_way(self) -> int:
@@ -455,13 +503,20 @@ class Line(AbstractContextManager["Line"]):
         if self.batch:
             self._send_batch()
         while self.encoding:
-            self.encoding.popleft().result()
+            self._await(self.encoding[0])
+            self.encoding.popleft()
 
     def encode_pixels(self, pixels: "Sequence[torch.Tensor]") -> np.ndarray:
-        """Unit vectors, float32 (rows, dim), of decoded photos, one at least; NaN: has none."""
+        """Unit vectors, float32 (rows, dim), of decoded photos, one at least; NaN: has none.
+
+        Raises DeviceError.
+        """
         import torch
 
-        return self.job.encoder.encode(torch.stack(list(pixels)))
+        from pipeline.encoder.tower import device_errors
+
+        with device_errors(f"batch_size {self.job.chosen.batch_size}"):
+            return self.job.encoder.encode(torch.stack(list(pixels)))
 
     def _encode(self, batch: list[Photo]) -> None:
         """Encode a batch: on a worker thread."""
@@ -481,6 +536,8 @@ class Line(AbstractContextManager["Line"]):
 
     def _settle(self, photo: Photo, vec: np.ndarray | None, error: str | None, how: str) -> None:
         photo.how = how
+        if self.over:
+            return
         if photo.digest and photo.stat and (vec is not None or _is_the_files(error)):
             self.cache.add(
                 photo.path or "", photo.stat.size, photo.stat.mtime_ns, photo.digest, vec, error

@@ -3,7 +3,8 @@
 Reads: the listings, images and features tables and the target, in one read-only REPEATABLE READ
 snapshot. Writes: listings.parquet (newest edited_date first, then listing_id) and images.parquet
 (the same order, then image_index). Guarantees: both files come from one snapshot, are streamed,
-and hold every pending listing up to the limit with at least one candidate.
+and hold every pending listing up to the limit with at least one candidate. images.parquet also
+names photos of listings that have a vector, by which encode knows a wrong image root.
 """
 
 import json
@@ -14,35 +15,36 @@ from typing import Any
 import pyarrow as pa
 from adbc_driver_manager.dbapi import Connection, Cursor
 
-from pipeline import command, database, failures, parquet, settings, source
-from pipeline.command import log
-from pipeline.errors import DataError
-from pipeline.settings import Environment, Settings
+from pipeline.database import waiting
+from pipeline.database.connection import connect, fetch, quoted, retrying, translated_errors
+from pipeline.database.inputs import check_inputs
+from pipeline.database.pending import prepare
+from pipeline.stage import command, parquet, settings
+from pipeline.stage.command import log
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Environment, Identity, Settings
 
 BATCH_BYTES = 8 * 2**20
-EXPORTED_BY = ("limit_listings", "force", "source", "model_rev", "pca_rev")
+EXPORTED_BY = ("limit_listings", "force", *Identity._fields)
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.stage_parser(__doc__)
     parser.add_argument("--listings", type=Path, required=True, help="listings.parquet to write")
     parser.add_argument("--images", type=Path, required=True, help="images.parquet to write")
-    parser.add_argument("--state", default="{}", help="JSON: the source state, kept as metadata")
-    settings.add_flags(
-        parser, "limit_listings", "force", "source", "model_rev", "pca_rev", "cache_dir",
-        "lock_timeout_s", "follow_symlinks", "max_image_bytes", "max_image_pixels",
-    )  # fmt: skip
+    parser.add_argument("--state", default="{}", help="JSON: what is pending, kept as metadata")
+    settings.add_flags(parser, *EXPORTED_BY, "cache_dir", "lock_timeout_s", *settings.PHOTO_LIMITS)
     args = parser.parse_args()
     chosen = settings.from_flags(args)
+    if not chosen.source:
+        parser.error("--source must name the recipe")
     if not chosen.model_rev:
         parser.error("--model-rev must name the encoder")
     environment = Environment.read()
     state = json.loads(args.state)
     params = chosen.model_dump(include=set(EXPORTED_BY)) | {"state": state}
-    log.info("from %s", database.quoted(environment.listings))
-    counts = database.retrying(
-        lambda: export(environment, chosen, params, args.listings, args.images)
-    )
+    log.info("from %s", quoted(environment.listings))
+    counts = retrying(lambda: export(environment, chosen, params, args.listings, args.images))
     log.info(
         "%d listings, %d images -> %s", counts["listings"], counts["images"], args.listings.parent
     )
@@ -52,24 +54,26 @@ def export(
     environment: Environment, chosen: Settings, params: dict[str, Any], listings: Path, images: Path
 ) -> dict[str, int]:
     """Write both files from one snapshot; returns the row counts."""
-    with database.connect(read_only=True, repeatable=True) as connection:
+    with connect(read_only=True, repeatable=True) as connection:
         with connection.cursor() as cursor:
-            source.check_inputs(cursor, environment)
-            database.fetch(cursor, "SELECT set_config('work_mem', '256MB', true)")
-            pending = source.prepare(
-                cursor,
-                environment,
-                chosen,
-                waiting=failures.waiting(chosen, environment.image_root, params),
-            )
+            check_inputs(cursor, environment)
+            fetch(cursor, "SELECT set_config('work_mem', '256MB', true)")
+            files = waiting.Files(chosen, environment.image_root)
+            left_out = waiting.left_out(files, chosen, chosen.identity)
+            pending = prepare(cursor, environment, chosen, left_out)
             _log_census(cursor, pending.census)
-        n_listings = _write(connection, pending.listings, listings, parquet.LISTINGS, params)
-        n_images = _write(connection, pending.candidates, images, parquet.CANDIDATES, params)
+            witnesses = [paths for *_, paths in fetch(cursor, pending.witnesses)]
+        n_listings = _write(
+            connection, pending.listings, listings, parquet.LISTINGS, {"export": params}
+        )
+        made_by = {"export": params, "witnesses": witnesses}
+        n_images = _write(connection, pending.candidates, images, parquet.CANDIDATES, made_by)
+    waiting.release(listings, chosen, chosen.identity)
     return {"listings": n_listings, "images": n_images}
 
 
 def _log_census(cursor: Cursor, sql: str) -> None:
-    total, spam, undated, no_url, unusable, superseded = database.fetch(cursor, sql)[0]
+    total, spam, undated, no_url, unusable, superseded = fetch(cursor, sql)[0]
     log.info(
         "%d listing rows; left out: %d spam, %d without edited_date, %d without url",
         total, spam, undated, no_url,
@@ -84,10 +88,10 @@ def _log_census(cursor: Cursor, sql: str) -> None:
 
 
 def _write(
-    connection: Connection, sql: str, path: Path, schema: pa.Schema, params: dict[str, Any]
+    connection: Connection, sql: str, path: Path, schema: pa.Schema, made_by: dict[str, Any]
 ) -> int:
     rows = 0
-    with parquet.writer(path, schema, {"export": params}) as writer:
+    with parquet.writer(path, schema, made_by) as writer:
         for batch in _stream(connection, sql):
             table = pa.Table.from_batches([batch]).cast(schema)
             if table["listing_id"].null_count:
@@ -99,7 +103,7 @@ def _write(
 
 def _stream(connection: Connection, sql: str) -> Iterator[pa.RecordBatch]:
     """Record batches of a COPY as they arrive, never the whole result."""
-    with database.translated_errors(), connection.cursor() as cursor:
+    with translated_errors(), connection.cursor() as cursor:
         cursor.adbc_statement.set_options(
             **{"adbc.postgresql.batch_size_hint_bytes": str(BATCH_BYTES)}
         )

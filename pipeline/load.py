@@ -1,13 +1,12 @@
 """Load the listing vectors into the pgvector table: COPY into a staging table, then one merge.
 
-Reads: listing_vectors.parquet and failures.json of aggregate. Writes: the target table and the
-encoder registry, in one transaction, then receipt.json. Guarantees: all rows or none; only rows
-that differ are written (all of them when the export was forced); nothing is loaded when too many
-images failed or when the table holds another encoder's vectors under the same key.
+Reads: listing_vectors.parquet and without_vector.parquet of aggregate. Writes: the target table
+and its registry, in one transaction, then the ledger of who waits and receipt.json. Guarantees:
+all rows or none; only rows that differ are written (all of them when the export was forced);
+nothing is loaded when a key would then have vectors of two encoders or recipes.
 """
 
 import argparse
-import json
 import logging
 import uuid
 from collections.abc import Iterator
@@ -18,11 +17,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from adbc_driver_manager.dbapi import Connection
+from adbc_driver_manager.dbapi import Connection, Cursor
 
-from pipeline import command, database, failures, parquet, settings, target
-from pipeline.errors import DataError, TooManyFailures
-from pipeline.settings import Environment, Settings
+from pipeline.database import registry, target, waiting
+from pipeline.database.connection import (
+    bind,
+    connect,
+    fetch,
+    quoted,
+    retrying,
+    set_lock_timeout,
+    translated_errors,
+)
+from pipeline.database.registry import MadeBy
+from pipeline.stage import command, parquet, settings
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Environment, Identity, Settings
 
 log = logging.getLogger("pipeline")
 
@@ -30,15 +40,17 @@ BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
 MESSAGE_ROWS = 32  # 64 KB of 512-d vectors: small, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
+_KEY = ", ".join(target.KEY)
+
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
 _MERGE_SQL = f"""
     WITH merged AS (
         INSERT INTO {{vectors}} AS t
-            (listing_id, edited_date, source, model_rev, pca_rev, vec, n_images)
-        SELECT listing_id, edited_date, source, model_rev, pca_rev, vec, n_images
+            ({_KEY}, vec, n_images)
+        SELECT {_KEY}, vec, n_images
         FROM pg_temp.{STAGING}
-        ORDER BY listing_id, edited_date, source, model_rev, pca_rev
-        ON CONFLICT (listing_id, edited_date, source, model_rev, pca_rev) DO UPDATE
+        ORDER BY {_KEY}
+        ON CONFLICT ({_KEY}) DO UPDATE
             SET vec = excluded.vec, n_images = excluded.n_images, updated_at = now()
             {{only_differing}}
         RETURNING (xmax = 0) AS inserted)
@@ -48,15 +60,14 @@ _ONLY_DIFFERING = "WHERE (t.vec, t.n_images) IS DISTINCT FROM (excluded.vec, exc
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.stage_parser(__doc__)
     parser.add_argument("--vectors", type=Path, required=True, help="listing_vectors.parquet")
-    parser.add_argument("--failures", type=Path, required=True, help="failures.json of aggregate")
+    parser.add_argument(
+        "--without-vector", type=Path, required=True, help="without_vector.parquet of aggregate"
+    )
     parser.add_argument("--listings", type=Path, required=True, help="listings.parquet of export")
     parser.add_argument("--receipt", type=Path, required=True, help="receipt.json to write")
-    settings.add_flags(
-        parser, "max_failed_fraction", "lock_timeout_s", "cache_dir",
-        "follow_symlinks", "max_image_bytes", "max_image_pixels",
-    )  # fmt: skip
+    settings.add_flags(parser, "lock_timeout_s", "cache_dir", *settings.PHOTO_LIMITS)
     args = parser.parse_args()
     receipt = load(args, settings.from_flags(args), Environment.read())
     log.info(
@@ -67,84 +78,70 @@ def main() -> None:
 
 def load(args: argparse.Namespace, chosen: Settings, environment: Environment) -> dict[str, Any]:
     """Merge the file into the table and write the receipt; returns the receipt."""
-    report = json.loads(args.failures.read_text())
-    refuse_too_many_failures(report, chosen.max_failed_fraction)
     made_by = parquet.metadata(args.vectors)
-    identity = target.Identity(**made_by["aggregate"])
-    counts = database.retrying(lambda: _load_once(args, chosen, environment, identity))
-    remembered = failures.remember(args.failures, _listings(args.listings), chosen, vars(identity))
+    identity = Identity(**made_by["aggregate"])
+    counts = retrying(lambda: _load_once(args, chosen, environment, identity))
+    remembered = waiting.remember(args.without_vector, args.listings, chosen, identity)
     if remembered:
         log.warning("%d listings without a vector wait for their files", remembered)
     receipt = {
         **counts,
-        **vars(identity),
+        **identity._asdict(),
         "encoder": made_by["encoder"],
+        "recipe": made_by["select"],
         "load_id": uuid.uuid4().hex,
-        "table": database.quoted(environment.vectors),
+        "table": quoted(environment.vectors),
         "waiting": remembered,
     }
     parquet.write_json(args.receipt, receipt)
     return receipt
 
 
-def refuse_too_many_failures(report: dict[str, Any], max_failed_fraction: float) -> None:
-    """TooManyFailures above the limit. A single listing is no evidence against the whole run."""
-    failed = sum(report["failed"].values())
-    if report["listings"] < 2 or failed <= max_failed_fraction * report["images"]:
-        return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in report["failed"].items())
-    raise TooManyFailures(
-        f"at most {max_failed_fraction:.0%} of the images to fail (max_failed_fraction)",
-        f"{failed} of {report['images']}: {reasons}",
-        "nothing was loaded",
-        "check IMAGE_ROOT_DIR; results/encode/*.parquet has each image's error",
-    )
-
-
 def _load_once(
-    args: argparse.Namespace, chosen: Settings, environment: Environment, identity: target.Identity
+    args: argparse.Namespace, chosen: Settings, environment: Environment, identity: Identity
 ) -> dict[str, int]:
-    made_by = parquet.metadata(args.vectors)
+    document = parquet.metadata(args.vectors)
+    made_by = MadeBy(document["encoder"], document["select"])
+    force = document["export"]["force"]
     dim = parquet.dimension(pq.read_schema(args.vectors))
-    force = made_by["export"]["force"]
-    with database.connect() as connection:
+    replaced = None
+    with connect() as connection:
         with connection.cursor() as cursor:
-            database.fetch(
-                cursor,
-                "SELECT set_config('lock_timeout', $1, true)",
-                (f"{chosen.lock_timeout_s}s",),
-            )
+            set_lock_timeout(cursor, chosen.lock_timeout_s)
             target.check(cursor, environment, dim)
             if parquet.rows([args.vectors]):
-                _check_encoder(cursor, environment, identity, made_by["encoder"], force)
+                replaced = _claim_key(cursor, environment, identity, made_by, force)
         staged = stage(connection, args.vectors, dim)
         inserted, updated = _merge(connection, environment, force)
-        with database.translated_errors():
+        if replaced is not None:
+            with connection.cursor() as cursor:
+                bind(cursor, identity._asdict())
+                rest = fetch(cursor, target.rest_sql(environment, f"pg_temp.{STAGING}"))[0][0]
+            registry.refuse_a_rest(rest, replaced, made_by, environment, identity)
+        with translated_errors():
             connection.commit()
     return {"inserted": inserted, "updated": updated, "unchanged": staged - inserted - updated}
 
 
-def _check_encoder(
-    cursor: Any,
-    environment: Environment,
-    identity: target.Identity,
-    encoder: dict[str, Any],
-    force: bool,
-) -> None:
-    where = database.quoted(environment.vectors)
-    registered = target.claim_key(cursor, environment, identity, encoder)
-    if registered is None:
-        log.warning(
-            "no encoder registry beside %s and no right to make one: models are not told apart;"
-            " hint: python -m pipeline create-table as the owner",
-            where,
-        )
-    elif registered != encoder:
-        if not force:
-            target.refuse_mixing(registered, encoder, identity, where)
-        changed = [k for k in encoder if encoder[k] != registered.get(k)]
-        log.warning("this key's encoder changes in %s", ", ".join(changed))
-        target.register_encoder(cursor, environment, identity, encoder)
+def _claim_key(
+    cursor: Cursor, environment: Environment, identity: Identity, made_by: MadeBy, force: bool
+) -> MadeBy | None:
+    """Make the key this load's; returns what made the rows that it must replace to the last.
+
+    MixedVectors: the key's rows are of another encoder or recipe, and nothing is forced.
+    """
+    there = registry.claim(cursor, environment, identity, made_by)
+    if there is None or there == made_by:
+        return None
+    if not force:
+        registry.refuse_mixing(there, made_by, environment, identity)
+    changed = [part for part in made_by.encoder if made_by.encoder[part] != there.encoder.get(part)]
+    if there.recipe is not None and there.recipe != made_by.recipe:
+        changed.append("recipe")
+    if changed:
+        log.warning("this key's encoder or recipe changes in %s", ", ".join(changed))
+    registry.replace(cursor, environment, identity, made_by)
+    return there if made_by.unlike(there) else None
 
 
 def staging_sql(dim: int) -> tuple[str, str]:
@@ -155,7 +152,8 @@ def staging_sql(dim: int) -> tuple[str, str]:
     """
     return (
         f"CREATE TEMPORARY TABLE {STAGING} (listing_id bigint, edited_date timestamptz,"
-        f" source text, model_rev text, pca_rev text, vec vector({dim}), n_images int)"
+        f" {', '.join(f'{name} text' for name in Identity._fields)},"
+        f" vec vector({dim}), n_images int)"
         " ON COMMIT DROP",
         f"ALTER TABLE pg_temp.{STAGING} ALTER COLUMN vec SET STORAGE {target.storage(dim)}",
     )
@@ -166,7 +164,7 @@ def stage(connection: Connection, vectors: Path, dim: int) -> int:
 
     A thread reads and converts ahead of the one that sends. Memory does not grow with the file.
     """
-    with database.translated_errors("staging table"), connection.cursor() as cursor:
+    with translated_errors("staging table"), connection.cursor() as cursor:
         for statement in staging_sql(dim):
             cursor.execute(statement)
         failed: list[BaseException] = []
@@ -185,11 +183,11 @@ def stage(connection: Connection, vectors: Path, dim: int) -> int:
 
 def _merge(connection: Connection, environment: Environment, force: bool) -> tuple[int, int]:
     sql = _MERGE_SQL.format(
-        vectors=database.quoted(environment.vectors),
+        vectors=quoted(environment.vectors),
         only_differing="" if force else _ONLY_DIFFERING,
     )
     with connection.cursor() as cursor:
-        inserted, updated = database.fetch(cursor, sql)[0]
+        inserted, updated = fetch(cursor, sql)[0]
     return int(inserted), int(updated)
 
 
@@ -242,11 +240,6 @@ def wire_vectors(vectors: pa.FixedSizeListArray) -> pa.Array:
     return pa.Array.from_buffers(
         pa.binary(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(wire)]
     )
-
-
-def _listings(path: Path) -> set[tuple[int, int, str]]:
-    rows = pq.read_table(path).to_pylist()
-    return {(r["generation"], r["listing_id"], r["edited_date"].isoformat()) for r in rows}
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import command, parquet, settings
-from pipeline.command import log
-from pipeline.errors import DataError
+from pipeline.stage import command, parquet, settings
+from pipeline.stage.command import log
+from pipeline.stage.errors import DataError
 
 LISTING = ["generation", "listing_id", "edited_date"]
 BATCH_ROWS = 256_000
@@ -24,7 +24,7 @@ BUFFERED_ROWS = 1_000_000  # over all shards, before a row group is written
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.stage_parser(__doc__)
     parser.add_argument("--listings", type=Path, required=True, help="listings.parquet")
     parser.add_argument("--images", type=Path, required=True, help="images.parquet")
     parser.add_argument("--outputs", type=Path, nargs="+", required=True, help="files to write")
@@ -57,7 +57,7 @@ def select_images(
         .filter(~pl.col("excluded") | pl.col("fallback"))
         .with_columns(order=pl.when("fallback").then(0).otherwise(-pl.col("score")))
         .sort("listing", "order", "image_index", "storage_path", nulls_last=True)
-        .with_columns(rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("listing"))
+        .with_columns(rank=pl.int_range(1, pl.len() + 1).over("listing"))
         .filter(pl.col("rank") <= topk)
         .with_columns(pl.col("rank").cast(pl.Int8))
         .select(parquet.SELECTED.names)
@@ -76,10 +76,7 @@ def shard_of(listing_id: pl.Expr, shards: int) -> pl.Expr:
 def select(args: argparse.Namespace, chosen: settings.Settings) -> int:
     """Write all shards in one pass over the candidates; returns the number of images."""
     export = parquet.metadata(args.images)
-    made_by = {
-        **export,
-        "select": chosen.model_dump(include={"topk", "exclude_stock", "exclude_screenshots"}),
-    }
+    made_by = {**export, "select": chosen.recipe}
     listings = images = 0
     with ExitStack() as stack:
         writers = [
@@ -154,8 +151,8 @@ def _prune(folder: Path, keep: set[str]) -> None:
 
 
 def _leftovers(folder: Path, keep: set[str]) -> Iterator[Path]:
-    """Shards of other splits, and temporary files of killed runs."""
-    for path in sorted(folder.glob("*-of-*")) + sorted(folder.glob(".*-of-*.tmp")):
+    """Shards of other splits, and temporary files of killed runs, whose names begin with a dot."""
+    for path in sorted(folder.glob("*-of-*")):
         if path.with_suffix(".parquet").name not in keep:
             yield path
 

@@ -16,10 +16,10 @@ import adbc_driver_postgresql.dbapi as adbc
 import pytest
 from PIL import Image
 
-from pipeline import target
-from pipeline.demo import postgres
-from pipeline.demo.encoder import random_encoder
-from pipeline.settings import Environment
+from demo import postgres
+from demo.encoder import random_encoder
+from pipeline.database import target
+from pipeline.stage.settings import Environment
 
 REPOSITORY = Path(__file__).parent.parent
 T0 = "2026-01-01 12:00:00.000001+00"
@@ -98,6 +98,15 @@ class Database:
             " pca_rev, vec::text, n_images, updated_at::text FROM ml.img_vec512_v1"
             " ORDER BY listing_id, edited_date, source, model_rev, pca_rev) t"
         )
+
+
+def waits_for_a_lock(database: Database) -> bool:
+    """Whether the load waits for a lock."""
+    waiting = database.execute(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'listing-vectors'"
+        " AND datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return len(waiting) > 0
 
 
 @dataclass
@@ -220,6 +229,22 @@ def new_workspace(folder: Path, database: Database, encoder: Path) -> Workspace:
     space = Workspace(folder, database, encoder, new_environment(database.dsn))
     space.photos.mkdir()
     return space
+
+
+@contextmanager
+def fork_of(original: Workspace, folder: Path) -> Iterator[Workspace]:
+    """A copy of a workspace: its folder with all mtimes, and its database."""
+    shutil.copytree(original.folder, folder)
+    server = Path(re.findall(r"host=([^&]+)", original.database.dsn)[0].replace("%2F", "/"))
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    template = re.findall(r"/([^/?]+)\?", original.database.dsn)[0]
+    admin = Database(postgres.dsn(server))
+    admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    database = Database(postgres.dsn(server, name))
+    yield Workspace(
+        folder, database, original.encoder, new_environment(database.dsn), dict(original.config)
+    )
+    admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.encoder import load_encoder
-from pipeline.image import Transform, load_pixels
-from pipeline.model import find_model
-from pipeline.photo_files import PhotoError
+from pipeline.encoder.model import find_model
+from pipeline.encoder.tower import load_encoder
+from pipeline.photos.files import PhotoError
+from pipeline.photos.pixels import Transform, load_pixels
 
 if TYPE_CHECKING:
     from conftest import Database

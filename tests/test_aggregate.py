@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import aggregate as stage
-from pipeline import parquet
-from pipeline.errors import DataError
-from pipeline.settings import Settings
+from pipeline.stage import parquet
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Settings
 
 T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
-MADE_BY = {"export": {"force": False}, "encoder": {"weights": "w"}}
+MADE_BY = {"export": {"force": False}, "select": {"topk": 5}, "encoder": {"weights": "w"}}
 IDENTITY = {"source": "s", "model_rev": "m", "pca_rev": "p"}
 
 
@@ -56,7 +56,7 @@ class Stage:
             writer.write_table(pa.Table.from_pylist(list(rows), parquet.encoded(dim)))
 
     def run(self, **settings: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of listing_vectors.parquet and failures.json."""
+        """The rows of listing_vectors.parquet, and failures.json with those of without_vector."""
         shards = sorted(self.folder.glob("shard*"))
         columns = set(parquet.CANDIDATES.names)
         rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
@@ -69,12 +69,16 @@ class Stage:
             images=self.folder / "images.parquet",
             output=self.folder / "vectors.parquet",
             failures=self.folder / "failures.json",
+            without_vector=self.folder / "without_vector.parquet",
         )
         stage.aggregate(args, Settings(**{**IDENTITY, **settings}))
-        return (
-            pq.read_table(args.output).to_pylist(),
-            json.loads(args.failures.read_text()),
-        )
+        failures = json.loads(args.failures.read_text())
+        without = pq.read_table(args.without_vector).to_pylist()
+        assert len(without) == failures["listings_without_vector"]
+        return pq.read_table(args.output).to_pylist(), {
+            **failures,
+            "listings_without_vector": without,
+        }
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ def test_a_listing_with_no_readable_image_gets_no_row(job: Stage, monkeypatch: A
     assert {
         "generation": 1,
         "listing_id": 1,
-        "edited_date": "2026-01-01T12:00:00.000001+00:00",
+        "edited_date": T0,
         "files": [
             {
                 "storage_path": "1/0.jpg",
@@ -162,7 +166,16 @@ def test_a_listing_with_no_readable_image_gets_no_row(job: Stage, monkeypatch: A
     } == without
 
 
-@pytest.mark.parametrize("vectors", [([1.0, 0.0], [-1.0, 0.0]), ([math.nan, 0.0],), ([0.0, 0.0],)])
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        ([1.0, 0.0], [-1.0, 0.0]),
+        ([1.0, 1e-7], [-1.0, 1e-7]),
+        ([math.nan, 0.0],),
+        ([math.inf, 0.0],),
+        ([0.0, 0.0],),
+    ],
+)
 def test_vectors_without_a_direction_give_no_row(
     job: Stage, vectors: tuple[list[float], ...]
 ) -> None:
@@ -175,6 +188,14 @@ def test_vectors_without_a_direction_give_no_row(
     assert [(1, [])] == [
         (listing["listing_id"], listing["files"]) for listing in failures["listings_without_vector"]
     ]
+
+
+def test_a_short_mean_still_has_a_direction(job: Stage) -> None:
+    """Two images that nearly cancel out point where the rest of them points."""
+    job.shard(image(1, 1, [1.0, 1e-5]), image(1, 2, [-1.0, 1e-5]))
+    rows, _ = job.run()
+
+    assert [[0.0, 1.0]] == [row["vec"] for row in rows]
 
 
 def test_shards_follow_each_other_newest_first_within(job: Stage) -> None:
@@ -221,14 +242,19 @@ def test_many_batches_give_the_same_rows(job: Stage, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{**MADE_BY, "encoder": {"weights": "x"}}, {**MADE_BY, "export": {"force": True}}]
+    "other",
+    [
+        {**MADE_BY, "encoder": {"weights": "x"}},
+        {**MADE_BY, "export": {"force": True}},
+        {**MADE_BY, "select": {"topk": 4}},
+    ],
 )
 def test_shards_of_different_makes_are_refused(job: Stage, other: dict[str, Any]) -> None:
-    """Shards of two encoders or two exports are an error, and no file is written."""
+    """Shards of two encoders, selections or exports are an error, and no file is written."""
     job.shard(image(1, 1, [1.0, 0.0]))
     job.shard(image(2, 1, [1.0, 0.0]), made_by=other)
 
-    with pytest.raises(DataError, match="expected shards of one export and one encoder"):
+    with pytest.raises(DataError, match="expected shards of one export, one selection and one enc"):
         job.run()
     assert not (job.folder / "vectors.parquet").exists()
     assert not (job.folder / "failures.json").exists()

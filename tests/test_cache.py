@@ -14,10 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import cache as cache_module
-from pipeline.cache import NoCache, VectorCache, prune, stats
-from pipeline.errors import DataError
-from pipeline.model import Fingerprint
+from pipeline.cache import parts as parts_module
+from pipeline.cache import prune as prune_module
+from pipeline.cache import vectors as vectors_module
+from pipeline.cache.prune import prune, stats
+from pipeline.cache.vectors import NoCache, VectorCache
+from pipeline.encoder.model import Fingerprint
+from pipeline.stage.errors import DataError
 
 DIM = 4
 FINGERPRINT = Fingerprint("w", "a", "t", "fp32", "full", True)
@@ -100,11 +103,35 @@ def test_errors_are_remembered(folder: Path) -> None:
     assert axes(VectorCache(folder, DIM), "good1", "bad") == [1, "broken: truncated"]
 
 
+@pytest.mark.parametrize(
+    ("vec", "found"),
+    [
+        ([0, 0, 0, 0], []),
+        ([0, 0.99, 0, 0], []),
+        ([0, 1.01, 0, 0], []),
+        ([0, np.nan, 0, 1], []),
+        ([0, np.inf, 0, 0], []),
+        ([0, 0.9999, 0, 0], [0]),
+        ([0, -1.0001, 0, 0], [0]),
+    ],
+)
+def test_a_vector_that_is_not_of_unit_length_is_a_miss(
+    folder: Path, vec: list[float], found: list[int]
+) -> None:
+    """Too short, too long or no number: the bytes on the disk are damaged, others are not."""
+    with VectorCache(folder, DIM) as cache:
+        cache.add("a0", 10, 1, digest("a0"), np.array(vec, np.float32), None)
+        put(cache, "a1")
+    hits = VectorCache(folder, DIM).lookup_files(["a0", "a1"], np.array([10, 10]), np.array([1, 1]))
+
+    assert [*found, 1] == sorted(hits.vectors)
+
+
 def test_many_rows_across_parts_come_back_in_the_order_asked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row groups, parts and the order of the question do not mix up vectors."""
-    monkeypatch.setattr(cache_module, "FLUSH_ROWS", 300)
+    monkeypatch.setattr(vectors_module, "FLUSH_ROWS", 300)
     names = [f"image{i}" for i in range(1_000)]
     with VectorCache(folder, DIM) as cache:
         put(cache, *names)
@@ -140,8 +167,9 @@ def test_equal_hashes_never_give_another_images_vector(
     def constant(table: pa.Table) -> np.ndarray:
         return np.full(table.num_rows, 7, np.uint64)
 
-    monkeypatch.setattr(cache_module, "_file_hashes", constant)
-    monkeypatch.setattr(cache_module, "_digest_hashes", constant)
+    for module in (parts_module, vectors_module):
+        monkeypatch.setattr(module, "file_hashes", constant)
+        monkeypatch.setattr(module, "digest_hashes", constant)
     with VectorCache(folder, DIM) as cache:
         put(cache, "a1", "a2", "a3")
     cache = VectorCache(folder, DIM)
@@ -180,7 +208,7 @@ def test_flushes_by_itself_after_seconds(folder: Path, monkeypatch: pytest.Monke
     cache = VectorCache(folder, DIM)
     put(cache, "a1")
     assert parts(folder) == []
-    monkeypatch.setattr(cache_module, "FLUSH_S", 0.0)
+    monkeypatch.setattr(vectors_module, "FLUSH_S", 0.0)
     cache.refresh()
 
     assert len(parts(folder)) == 1
@@ -217,7 +245,7 @@ def test_a_killed_writer_leaves_no_partial_part(folder: Path) -> None:
     code = (
         "import sys, numpy as np, itertools, os\n"
         "from pathlib import Path\n"
-        "from pipeline.cache import VectorCache\n"
+        "from pipeline.cache.vectors import VectorCache\n"
         f"cache = VectorCache(Path(sys.argv[1]), {DIM})\n"
         "for i in itertools.count():\n"
         f"    cache.add(f'i{{i}}', 1, 1, os.urandom(32), np.eye({DIM}, dtype='f4')[0], None)\n"
@@ -339,6 +367,52 @@ def test_prune_keeps_within_limits(folder: Path) -> None:
     cache.flush()
     prune(root, older_than_days=0)
     assert stats(root)[0].parts == 0
+
+
+def _part_of(folder: Path, monkeypatch: pytest.MonkeyPatch, hours_ago: float, name: str) -> None:
+    """A part with one image, too long to be merged, that was written so many hours ago."""
+    at = time.time_ns() - int(hours_ago * 3600e9)
+    with monkeypatch.context() as patch, VectorCache(folder, DIM) as cache:
+        patch.setattr(vectors_module, "new_name", lambda: parts_module.new_name(at))
+        put(cache, name)
+
+
+def test_prune_drops_what_is_older_than_so_many_days(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part written 25 hours ago is older than a day, one of 23 hours is not."""
+    _part_of(folder, monkeypatch, 25, "a1")
+    _part_of(folder, monkeypatch, 23, "a2")
+    prune(folder.parent.parent, older_than_days=1)
+
+    assert axes(VectorCache(folder, DIM), "a1", "a2") == [None, 2]
+
+
+def test_prune_drops_the_oldest_parts_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three parts in two folders, one too many for the limit, the oldest goes."""
+    monkeypatch.setattr(prune_module, "MERGED_ROWS", 1)
+    _part_of(folder, monkeypatch, 2, "a1")
+    _part_of(folder.parent / "e", monkeypatch, 3, "a2")
+    _part_of(folder.parent / "g", monkeypatch, 1, "a3")
+    size = sum(part.stat().st_size for part in parts(folder.parent))
+    prune(folder.parent.parent, max_bytes=size)
+    kept = len(parts(folder.parent))
+    prune(folder.parent.parent, max_bytes=size - 1)
+
+    assert kept == 3
+    assert [part.parent.name for part in parts(folder.parent)] == ["f", "g"]
+
+
+def test_a_merged_part_is_as_old_as_its_newest_origin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written while parts are merged wins over them, though its name is older."""
+    _part_of(folder, monkeypatch, 3, "a1")
+    _part_of(folder, monkeypatch, 2, "a2")
+    newest = max(parts_module.written_ns(part.name) for part in parts(folder))
+    prune(folder.parent.parent)
+
+    assert [parts_module.written_ns(part.name) for part in parts(folder)] == [newest]
 
 
 def test_prune_removes_what_killed_writers_left(folder: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import target
-from pipeline.demo import encoder, marketplace, postgres, render
-from pipeline.errors import DatabaseError, SettingsError
-from pipeline.settings import Environment
+from demo import encoder, marketplace, postgres, render
+from pipeline.database import target
+from pipeline.stage.errors import DatabaseError, SettingsError
+from pipeline.stage.settings import Environment
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -19,11 +20,12 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from pipeline import encode as stage
-from pipeline import parquet
-from pipeline.cache import NoCache
+from pipeline.cache.vectors import NoCache
 from pipeline.encode import EncodeJob, Line, Photo
-from pipeline.photo_files import PhotoFolder
-from pipeline.settings import Environment, Settings
+from pipeline.photos.files import PhotoFolder
+from pipeline.stage import parquet
+from pipeline.stage.errors import DeviceError
+from pipeline.stage.settings import Environment, Settings
 
 T0 = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DIM = 512
@@ -157,6 +159,38 @@ def test_a_broken_file_breaks_its_twins_too(shard: Shard, decoded: list[int]) ->
     assert ["broken: not an image of a known format"] * 2 == table["error"].to_pylist()[:2]
     assert 2 == len(decoded)
     assert {"broken": 2} == shard.stats["failed"]
+
+
+def test_twins_wait_for_the_photo_that_is_under_way(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes met while they are decoded have the same vector, or the same error."""
+    met = threading.Event()
+    claim, decode = Line._claim, stage.Decoder.__call__
+
+    def claiming(line: Line, photo: Photo) -> bool:
+        mine = claim(line, photo)
+        if not mine:
+            met.set()
+        return mine
+
+    def decoding(decoder: stage.Decoder, data: bytes) -> Any:
+        assert met.wait(20)
+        return decode(decoder, data)
+
+    monkeypatch.setattr(Line, "_claim", claiming)
+    monkeypatch.setattr(stage.Decoder, "__call__", decoding)
+    for name in ("a.jpg", "b.jpg"):
+        (shard.photos / name).write_bytes(b"no photo")
+    broken = shard.encode(["a.jpg", "b.jpg"])
+    failed = shard.stats["failed"]
+    met.clear()
+    whole = shard.encode([shard.photo("c.jpg", 1), shard.photo("d.jpg", 1)])
+
+    assert ["broken: not an image of a known format"] * 2 == broken["error"].to_pylist()
+    assert {"broken": 2} == failed
+    assert {"same bytes in this run": 1} == shard.saved
+    assert 1 == len({row.tobytes() for row in vectors(whole)})
 
 
 def test_what_is_cached_is_not_read(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,35 +385,118 @@ def test_few_photos_are_in_memory(shard: Shard, monkeypatch: pytest.MonkeyPatch)
     assert 0 == len(counted.alive)
 
 
-def test_a_failing_encoder_ends_the_shard(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the encoder comes out as itself, and no encode shard is left behind."""
-    names = [shard.photo(f"{i}.jpg", i) for i in range(9)]
-
-    def fail(*args: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    job = shard.job()
-    monkeypatch.setattr(job.encoder, "encode", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        stage.encode(shard.write(names), shard.folder / "e.parquet", job.chosen, job)
-
-    assert not (shard.folder / "e.parquet").exists()
-
-
-def test_a_vector_without_direction_is_an_error(
-    shard: Shard, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("CUDA out of memory. Tried"), DeviceError, r"\(batch_size 4\); hint: lower"),
+        (RuntimeError("CUDA error: unspecified launch failure"), DeviceError, "run it again"),
+        (MemoryError(), DeviceError, "expected memory for a batch"),
+        (ZeroDivisionError("a fault"), ZeroDivisionError, "a fault"),
+    ],
+    ids=str,
+)
+def test_a_failing_gpu_ends_the_shard_at_once(
+    shard: Shard,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
 ) -> None:
-    """NaN in one row of a batch is that photo's error, and is not remembered as the file's."""
+    """The first failure is the shard's, though photos are still read; what was encoded is kept."""
+    monkeypatch.setattr("pipeline.encoder.model._cuda_devices", lambda: 1)
+    reading, batches = threading.Event(), 0
+    names = [shard.photo(f"{i}.jpg", i) for i in range(40)]
+    decode = stage.Decoder.__call__
+
+    def stuck(decoder: stage.Decoder, data: bytes) -> Any:
+        if data == (shard.photos / names[-1]).read_bytes():
+            reading.wait()
+        return decode(decoder, data)
+
+    monkeypatch.setattr(stage.Decoder, "__call__", stuck)
+    job = shard.job(device="cuda", precision="fp32", batch_size=4)
+    encoder = shard.job().encoder
+    original: Callable[..., np.ndarray] = encoder.encode
+
+    def fail_later(batch: Any) -> np.ndarray:
+        nonlocal batches
+        batches += 1
+        if batches > 2:
+            raise error
+        return original(batch)
+
+    monkeypatch.setattr(encoder, "encode", fail_later)
+    vars(job)["encoder"] = encoder
+    try:
+        with pytest.raises(kind, match=message):
+            stage.encode(shard.write(names), shard.folder / "e.parquet", job.chosen, job)
+    finally:
+        reading.set()
+    monkeypatch.undo()
+    left = sorted(path.name for path in shard.folder.glob("*.parquet"))
+    shard.encode(names)
+
+    assert ["selected.parquet"] == left
+    assert {"same file": 8} == shard.saved
+
+
+def test_a_stage_leaves_a_thread_that_waits_for_ever(shard: Shard) -> None:
+    """A stage whose disk does not answer ends all the same when its GPU has failed."""
+    selected = shard.write([shard.photo(f"{i}.jpg", i) for i in range(40)])
+    command = [
+        "pipeline.encode", "--selected", str(selected),
+        "--encoded", str(shard.folder / "e.parquet"), "--stats", str(shard.folder / "stats.json"),
+        "--model-name", f"local-dir:{shard.encoder}", "--cache-dir", str(shard.folder / "cache"),
+        "--threads", "4",
+    ]  # fmt: skip
+    program = f"""
+import sys, threading; sys.argv = {command!r}
+from pipeline import encode
+from pipeline.encoder.tower import Encoder
+from pipeline.photos.files import PhotoFolder
+read, calls = PhotoFolder.read, []
+def stuck(folder, path):
+    if path == "39.jpg":
+        threading.Event().wait()
+    return read(folder, path)
+def fail(*_):
+    calls.append(1)
+    if len(calls) > 1:  # the first makes sure of the dimension
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    return forward(*_)
+forward = Encoder._forward
+PhotoFolder.read, Encoder._forward = stuck, fail
+encode.command.run(encode.main, "encode")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "IMAGE_ROOT_DIR": str(shard.photos), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    assert 1 == done.returncode, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "error in encode: expected a GPU that computes, found CUDA error: device-side assert"
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_vector_without_direction_is_an_error(
+    shard: Shard, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value that is no number is that photo's error, and is not remembered as the file's."""
     names = [shard.photo(f"{i}.jpg", i) for i in range(2)]
     job = shard.job()
     original: Callable[..., np.ndarray] = job.encoder.encode
 
-    def first_is_nan(batch: Any) -> np.ndarray:
+    def first_is_bad(batch: Any) -> np.ndarray:
         found = original(batch)
-        found[0] = np.nan
+        found[0, 1] = bad
         return found
 
-    monkeypatch.setattr(job.encoder, "encode", first_is_nan)
+    monkeypatch.setattr(job.encoder, "encode", first_is_bad)
     encoded = shard.folder / "e.parquet"
     stats = stage.encode(shard.write(names), encoded, job.chosen, job)
     errors = pq.read_table(encoded)["error"].to_pylist()

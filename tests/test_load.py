@@ -2,24 +2,33 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import adbc_driver_postgresql.dbapi as adbc
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import Database
+from conftest import Database, waits_for_a_lock
 
 from pipeline import load as stage
-from pipeline import parquet, target
-from pipeline.errors import DatabaseError, MixedModels, TooManyFailures
-from pipeline.settings import Environment, Settings
+from pipeline.database import connection as connections
+from pipeline.database import registry, target
+from pipeline.database.registry import MadeBy
+from pipeline.stage import parquet
+from pipeline.stage.errors import DatabaseError, MixedVectors
+from pipeline.stage.settings import Environment, Identity, Settings
 
 T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
 ENCODER = {"weights": "w", "architecture": "a", "transform": "t", "precision": "fp32"}
+RECIPE = {"topk": 5, "exclude_stock": True, "exclude_screenshots": True, "projection": ""}
 IDENTITY = {"source": "s", "model_rev": "m", "pca_rev": ""}
-REPORT: dict[str, Any] = {"failed": {}, "images": 4, "listings": 2, "listings_without_vector": []}
+REGISTRY = "ml.img_vec512_v1_encoders"
 
 
 class Load:
@@ -34,7 +43,8 @@ class Load:
         *rows: tuple[int, list[float], int],
         force: bool = False,
         encoder: dict[str, str] = ENCODER,
-        report: dict[str, Any] = REPORT,
+        recipe: dict[str, Any] = RECIPE,
+        without: Sequence[dict[str, Any]] = (),
         edited_date: datetime = T0,
         pca_rev: str = "",
         dim: int = 3,
@@ -46,16 +56,21 @@ class Load:
             {"generation": 1, "listing_id": i, "edited_date": edited_date, **identity, "vec": v,
              "n_images": n} for i, v, n in rows
         ]  # fmt: skip
-        made_by = {"export": {"force": force}, "encoder": encoder, "aggregate": identity}
-        files = {name: self.folder / name for name in ("vectors", "listings", "failures")}
-        for name, schema in (
-            ("vectors", parquet.listing_vectors(dim)),
-            ("listings", parquet.LISTINGS),
+        made_by = {
+            "export": {"force": force},
+            "select": recipe,
+            "encoder": encoder,
+            "aggregate": identity,
+        }
+        files = {name: self.folder / name for name in ("vectors", "listings", "without_vector")}
+        for name, schema, values in (
+            ("vectors", parquet.listing_vectors(dim), listings),
+            ("listings", parquet.LISTINGS, [*listings, *without]),
+            ("without_vector", parquet.WITHOUT_VECTOR, without),
         ):
             with parquet.writer(files[name], schema, made_by) as writer:
-                keys = [{k: row[k] for k in schema.names} for row in listings]
+                keys = [{k: row[k] for k in schema.names} for row in values]
                 writer.write_table(pa.Table.from_pylist(keys, schema))
-        files["failures"].write_text(json.dumps(report))
         args = argparse.Namespace(**files, receipt=self.receipt)
         chosen = Settings(cache_dir=str(self.folder / "cache"), **settings)
         stage.load(args, chosen, Environment.read({}))
@@ -69,6 +84,11 @@ class Load:
 
     def table(self) -> list[tuple[Any, ...]]:
         return self.database.vectors("listing_id, edited_date, vec, n_images")
+
+    def registered(self) -> list[dict[str, Any]]:
+        """The encoder and recipe of each key in the registry."""
+        rows = self.database.execute(f"SELECT encoder::text, recipe::text FROM {REGISTRY}")
+        return [{"encoder": json.loads(e), "recipe": r and json.loads(r)} for e, r in rows]
 
     def updates(self) -> dict[int, str]:
         return dict(self.database.vectors("listing_id, updated_at"))
@@ -102,6 +122,7 @@ def test_rows_and_receipt(load: Load) -> None:
         "unchanged": 0,
         **IDENTITY,
         "encoder": ENCODER,
+        "recipe": RECIPE,
         "table": '"ml"."img_vec512_v1"',
         "waiting": 0,
     } == receipt
@@ -213,53 +234,321 @@ def test_nothing_to_load_still_makes_a_receipt(load: Load) -> None:
     """No vectors: no row, zeros in the receipt, and no encoder registered."""
     assert (0, 0, 0) == counts(load.run())
     assert [] == load.table()
-    assert [] == load.database.execute("SELECT * FROM ml.img_vec512_v1_encoders")
+    assert [] == load.database.execute("SELECT * FROM " + REGISTRY)
+
+
+def test_a_load_waits_for_a_lock_that_is_soon_free(load: Load) -> None:
+    """lock_timeout_s is seconds: a lock that is held for a moment longer costs no load."""
+    waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
+    locked, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with adbc.connect(load.database.dsn) as connection, connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE ml.img_vec512_v1 IN ACCESS EXCLUSIVE MODE")
+            locked.set()
+            while not load.database.execute(waits) and not released.is_set():
+                time.sleep(0.05)
+            time.sleep(0.3)
+            connection.rollback()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait()
+    try:
+        receipt = load.run((1, [1, 0, 0], 1), lock_timeout_s=60)
+    finally:
+        released.set()
+        holder.join()
+
+    assert (1, 0, 0) == counts(receipt)
+
+
+# What may not share a key: the part, the load that differs in it, and how a refusal says so.
+MIXING: dict[str, tuple[dict[str, Any], str, str]] = {
+    part: (
+        {"encoder": {**ENCODER, part: "x"}},
+        f"another {part}",
+        "give the encoder its own model_rev, or overwrite all of them with force",
+    )
+    for part in ("weights", "architecture", "transform")
+} | {
+    "topk": (
+        {"recipe": {**RECIPE, "topk": 2}},
+        "topk 2 instead of 5",
+        "leave source empty, so that it follows topk, or overwrite all of them with force",
+    ),
+    "stock": (
+        {"recipe": {**RECIPE, "exclude_stock": False}},
+        "exclude_stock false instead of true",
+        "give the recipe its own source, or overwrite all of them with force",
+    ),
+    "screenshots": (
+        {"recipe": {**RECIPE, "exclude_screenshots": False}},
+        "exclude_screenshots false instead of true",
+        "give the recipe its own source, or overwrite all of them with force",
+    ),
+    "projection": (
+        {"recipe": {**RECIPE, "projection": "p"}},
+        'projection "p" instead of ""',
+        "give the recipe its own source, or overwrite all of them with force",
+    ),
+    "all": (
+        {"encoder": {**ENCODER, "weights": "x", "transform": "x"}, "recipe": {**RECIPE, "topk": 3}},
+        "another weights and another transform and topk 3 instead of 5",
+        "give the encoder its own model_rev and leave source empty, so that it follows topk, or"
+        " overwrite all of them with force",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", MIXING)
+def test_one_key_never_holds_two_makes(load: Load, part: str) -> None:
+    """A load of another encoder or recipe is refused in one line, and nothing is written."""
+    load.run((1, [1, 0, 0], 1), (2, [1, 0, 0], 1))
+    before, there = load.database.vectors(), load.registered()
+    load.receipt.unlink()
+    differing, found, hint = MIXING[part]
+    with pytest.raises(MixedVectors) as error:
+        load.run((1, [0, 1, 0], 1), (3, [0, 1, 0], 1), **differing)
+
+    assert (
+        "expected vectors of the encoder and recipe that made (s, m, '') in the table, found"
+        f' {found} ("ml"."img_vec512_v1"); hint: {hint}'
+    ) == str(error.value)
+    assert before == load.database.vectors()
+    assert there == load.registered()
+    assert not load.receipt.exists()
+
+
+@pytest.mark.parametrize("part", MIXING)
+def test_force_replaces_every_row_of_a_key_or_none(load: Load, part: str) -> None:
+    """A forced load of another make goes through only if no row of the key is of the old one."""
+    load.run((1, [1, 0, 0], 1), (2, [1, 0, 0], 1))
+    load.run((9, [1, 0, 0], 1), pca_rev="p")
+    before, there = load.database.vectors(), load.registered()
+    differing, found, _ = MIXING[part]
+    with pytest.raises(MixedVectors) as error:
+        load.run((2, [0, 1, 0], 1), (3, [0, 1, 0], 1), force=True, **differing)
+    refused, kept = load.database.vectors(), load.registered()
+    receipt = load.run((1, [0, 0, 1], 1), (2, [0, 1, 0], 1), force=True, **differing)
+
+    assert str(error.value).startswith(
+        f"expected every row of (s, m, '') to be replaced by {found}, found 1 rows that would stay:"
+        " of listings beyond limit_listings, earlier edits, or listings that are gone, spam or"
+    )
+    assert "hint: raise limit_listings, delete them with python -m pipeline retire" in (
+        str(error.value)
+    )
+    assert (before, there) == (refused, kept)
+    assert (0, 2, 0) == counts(receipt)
+    assert [(1, "[0,0,1]", ""), (2, "[0,1,0]", ""), (9, "[1,0,0]", "p")] == (
+        load.database.vectors("listing_id, vec, pca_rev")
+    )
+    made_by = {"encoder": ENCODER, "recipe": RECIPE, **differing}
+    assert sorted([made_by, {"encoder": ENCODER, "recipe": RECIPE}], key=str) == (
+        sorted(load.registered(), key=str)
+    )
+
+
+def test_an_earlier_edit_is_a_row_that_stays(load: Load) -> None:
+    """A row is replaced by one of the same listing and edit, to the microsecond, and no other."""
+    load.run((1, [1, 0, 0], 1))
+    load.run((1, [1, 0, 0], 1), edited_date=T0.replace(microsecond=2))
+    with pytest.raises(MixedVectors, match="found 1 rows that would stay"):
+        load.run((1, [0, 1, 0], 1), force=True, recipe={**RECIPE, "topk": 2})
+
+    assert [(1, "[1,0,0]"), (1, "[1,0,0]")] == load.database.vectors("listing_id, vec")
+
+
+def test_a_forced_load_of_the_same_make_may_be_a_part(load: Load) -> None:
+    """Force without another encoder or recipe leaves the rows alone that it does not hold."""
+    load.run((1, [1, 0, 0], 1), (2, [1, 0, 0], 1))
+    load.run((2, [0, 1, 0], 1), force=True, encoder={**ENCODER, "precision": "fp16"})
+
+    assert [(1, "[1,0,0]"), (2, "[0,1,0]")] == load.database.vectors("listing_id, vec")
+
+
+def test_without_a_vector_nothing_is_claimed(load: Load) -> None:
+    """A load of no rows neither refuses nor registers what it would have been made by."""
+    load.run((1, [1, 0, 0], 1))
+    for force in (False, True):
+        load.run(encoder={**ENCODER, "weights": "x"}, force=force)
+
+    assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
+
+
+def test_the_last_precision_is_recorded(load: Load) -> None:
+    """What may vary under a key loads without force; the registry tells the last load's."""
+    load.run((1, [1, 0, 0], 1))
+    other = {**ENCODER, "precision": "fp16"}
+    load.run((2, [1, 0, 0], 1), encoder=other)
+
+    assert [{"encoder": other, "recipe": RECIPE}] == load.registered()
+
+
+def test_a_key_from_before_recipes_takes_the_first(load: Load) -> None:
+    """Where the recipe is not known, the first that is loaded is it, and the next is refused."""
+    load.run((1, [1, 0, 0], 1))
+    load.database.execute(f"UPDATE {REGISTRY} SET recipe = NULL")
+    topk_2 = {**RECIPE, "topk": 2}
+    load.run((2, [1, 0, 0], 1), recipe=topk_2)
+
+    assert [{"encoder": ENCODER, "recipe": topk_2}] == load.registered()
+    with pytest.raises(MixedVectors, match="found topk 5 instead of 2"):
+        load.run((3, [1, 0, 0], 1))
+
+
+def test_a_registry_without_recipes_gets_the_column(load: Load) -> None:
+    """From whoever owns it: create-table, or the load."""
+    load.run((1, [1, 0, 0], 1))
+    for create in (
+        lambda: target.create_tables(Environment.read({}), 3, inputs=False),
+        lambda: load.run((1, [1, 0, 0], 1)),
+    ):
+        load.database.execute(f"ALTER TABLE {REGISTRY} DROP recipe")
+        create()
+
+        assert ENCODER == load.registered()[0]["encoder"]
+    assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
 
 
 @pytest.mark.parametrize(
-    ("failed", "images", "limit", "refused"),
-    [(5, 10, 0.5, False), (6, 10, 0.5, True), (1, 10, 0.0, True), (10, 10, 1.0, False)],
+    ("sql", "warning"),
+    [
+        (
+            f"DROP TABLE {REGISTRY}",
+            'no registry of encoders beside "ml"."img_vec512_v1" and no right to make one: models'
+            " and recipes are not told apart; hint: python -m pipeline create-table as the owner",
+        ),
+        (
+            f"ALTER TABLE {REGISTRY} DROP recipe",
+            'the registry of encoders beside "ml"."img_vec512_v1" has no column for recipes and'
+            " this role may not add it: another topk is not told apart; hint: python -m pipeline"
+            " create-table as the owner",
+        ),
+    ],
+    ids=["no registry", "no recipes"],
 )
-def test_too_many_failures_stop_the_load(
-    load: Load, failed: int, images: int, limit: float, refused: bool
-) -> None:
-    """Above max_failed_fraction nothing is written; at the limit all is."""
-    report = {**REPORT, "failed": {"missing": failed}, "images": images}
-    error = ""
+def test_what_cannot_be_told_apart_is_a_warning(
+    load: Load, sql: str, warning: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A role without the right loads, is warned once, and still tells apart what it can."""
+    load.run((1, [1, 0, 0], 1))
+    load.database.execute(sql)
+    role = f"loader_{os.getpid()}"
+    load.database.execute(f'CREATE ROLE "{role}" LOGIN')
+    refused = []
     try:
-        load.run((1, [1, 0, 0], 1), report=report, max_failed_fraction=limit)
-    except TooManyFailures as refusal:
-        error = str(refusal)
+        load.database.execute(f'GRANT USAGE ON SCHEMA ml TO "{role}"')
+        load.database.execute(
+            f'GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA ml TO "{role}"'
+        )
+        monkeypatch.setenv("PG_DSN", load.database.dsn.replace("postgres@", f"{role}@", 1))
+        load.run((2, [1, 0, 0], 1), recipe={**RECIPE, "topk": 2})
+        warned = list(caplog.messages)
+        try:
+            load.run((3, [1, 0, 0], 1), encoder={**ENCODER, "weights": "x"})
+        except MixedVectors as error:
+            refused.append(str(error))
+    finally:
+        load.database.execute(f'DROP OWNED BY "{role}"')
+        load.database.execute(f'DROP ROLE "{role}"')
 
-    assert refused == (error != "")
-    assert refused == (
-        f"found {failed} of {images}: {failed} missing (nothing was loaded)" in error
-    )
-    assert refused == ([] == load.table())
-    assert refused == (not load.receipt.exists())
+    assert [warning] == warned
+    assert ("DROP TABLE" not in sql) == bool(refused)
 
 
-def test_one_listing_alone_is_no_evidence(load: Load) -> None:
-    """A run over a single broken listing is not stopped: it only has to wait."""
-    report = {**REPORT, "failed": {"broken": 2}, "images": 2, "listings": 1}
+def test_a_load_keeps_others_from_replacing_what_it_counts_on(load: Load) -> None:
+    """A forced load of another make waits for one under way, and sees the rows that it leaves."""
+    load.run((1, [1, 0, 0], 1))
+    identity = Identity(**IDENTITY)
+    outcome: list[str] = []
 
-    assert (0, 0, 0) == counts(load.run(report=report))
+    def forced() -> None:
+        try:
+            load.run((1, [0, 1, 0], 1), force=True, encoder={**ENCODER, "weights": "x"})
+            outcome.append("loaded")
+        except MixedVectors as error:
+            outcome.append(str(error))
+
+    with connections.connect() as under_way:
+        with under_way.cursor() as cursor:
+            made_by = MadeBy(dict(ENCODER), RECIPE)
+            registry.claim(cursor, Environment.read({}), identity, made_by)
+            cursor.execute(
+                "INSERT INTO ml.img_vec512_v1 VALUES (2, now(), 's', 'm', '', '[1,0,0]', 1)"
+            )
+        thread = threading.Thread(target=forced)
+        thread.start()
+        while thread.is_alive() and not waits_for_a_lock(load.database):
+            thread.join(0.01)
+        under_way.commit()
+    thread.join(60)
+
+    assert 1 == len(outcome)
+    assert "found 1 rows that would stay" in outcome[0]
+    assert [(1, "[1,0,0]"), (2, "[1,0,0]")] == load.database.vectors("listing_id, vec")
+    assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
 
 
-def test_other_weights_under_the_same_key_are_refused(load: Load) -> None:
-    """One key never holds two encoders' vectors, unless the export was forced."""
+def test_a_load_waits_for_one_that_replaces_the_encoder(load: Load) -> None:
+    """A load of the old make that comes during a forced one is refused when that one has ended."""
+    load.run((1, [1, 0, 0], 1))
+    identity, other = Identity(**IDENTITY), {**ENCODER, "weights": "x"}
+    outcome: list[str] = []
+
+    def late() -> None:
+        try:
+            load.run((2, [1, 0, 0], 1))
+            outcome.append("loaded")
+        except MixedVectors as error:
+            outcome.append(str(error))
+
+    with connections.connect() as forced:
+        with forced.cursor() as cursor:
+            registry.claim(cursor, Environment.read({}), identity, MadeBy(other, RECIPE))
+        thread = threading.Thread(target=late)
+        thread.start()
+        while thread.is_alive() and not waits_for_a_lock(load.database):
+            thread.join(0.01)
+        with forced.cursor() as cursor:
+            registry.replace(cursor, Environment.read({}), identity, MadeBy(other, RECIPE))
+            cursor.execute("UPDATE ml.img_vec512_v1 SET vec = '[0,1,0]'")
+        forced.commit()
+    thread.join(60)
+
+    assert 1 == len(outcome)
+    assert "found another weights" in outcome[0]
+    assert [(1, "[0,1,0]")] == load.database.vectors("listing_id, vec")
+
+
+def test_a_key_that_is_retired_while_a_load_waits_for_it_is_registered_anew(load: Load) -> None:
+    """The load comes first under a key whose line went while it waited."""
     load.run((1, [1, 0, 0], 1))
     other = {**ENCODER, "weights": "x"}
-    before = load.database.vectors()
-    with pytest.raises(MixedModels, match="another weights") as error:
-        load.run((1, [0, 1, 0], 1), (2, [0, 1, 0], 1), encoder=other)
-    refused = load.database.vectors()
-    receipt = load.run((1, [0, 1, 0], 1), encoder=other, force=True)
+    outcome: list[int] = []
 
-    assert "\n" not in str(error.value)
-    assert before == refused
-    assert (0, 1, 0) == counts(receipt)
-    assert [(1, "[0,1,0]")] == load.database.vectors("listing_id, vec")
+    def late() -> None:
+        outcome.append(load.run((2, [0, 1, 0], 1), encoder=other)["inserted"])
+
+    with connections.connect() as retiring:
+        with retiring.cursor() as cursor:
+            cursor.execute(f"SELECT 1 FROM {REGISTRY} FOR UPDATE")
+            cursor.fetchall()
+        thread = threading.Thread(target=late)
+        thread.start()
+        while thread.is_alive() and not waits_for_a_lock(load.database):
+            thread.join(0.01)
+        with retiring.cursor() as cursor:
+            cursor.execute("DELETE FROM ml.img_vec512_v1")
+            registry.retire(cursor, Environment.read({}), Identity(**IDENTITY))
+        retiring.commit()
+    thread.join(60)
+
+    assert [1] == outcome
+    assert [(2, "[0,1,0]")] == load.database.vectors("listing_id, vec")
+    assert [{"encoder": other, "recipe": RECIPE}] == load.registered()
 
 
 def test_a_failed_load_writes_nothing(load: Load) -> None:
@@ -269,7 +558,7 @@ def test_a_failed_load_writes_nothing(load: Load) -> None:
         load.run((1, [1, 0, 0], 1), (2, [1, 0, 0], 3))
 
     assert [] == load.table()
-    assert [] == load.database.execute("SELECT * FROM ml.img_vec512_v1_encoders")
+    assert [] == load.database.execute("SELECT * FROM " + REGISTRY)
     assert not load.receipt.exists()
 
 
@@ -317,27 +606,69 @@ def test_a_target_of_another_shape_is_refused(load: Load, change: str, message: 
     assert not load.receipt.exists()
 
 
-FAILED = {
-    "generation": 1,
-    "listing_id": 2,
-    "edited_date": "2026-01-01T12:00:00.000001+00:00",
-    "files": [{"storage_path": "2.jpg", "size": None, "mtime_ns": None, "error": "missing: x"}],
-    "candidates": "md5",
-}
+def failed(listing: int, edited_date: datetime = T0) -> dict[str, Any]:
+    """A row of without_vector.parquet."""
+    file = {"storage_path": "2.jpg", "size": None, "mtime_ns": None, "error": "missing: x"}
+    key = {"generation": 1, "listing_id": listing, "edited_date": edited_date}
+    return {**key, "candidates": "0" * 32, "files": [file]}
+
+
+def remembered(load: Load) -> list[tuple[int, datetime]]:
+    """The listings of the ledger, in its order."""
+    (path,) = (load.folder / "cache").glob("waiting-*.parquet")
+    return [(row["listing_id"], row["edited_date"]) for row in pq.read_table(path).to_pylist()]
 
 
 def test_listings_without_a_vector_are_remembered(load: Load) -> None:
     """They are kept by key until they are tried again, as this or as a later edit."""
-    report = {**REPORT, "failed": {"missing": 1}, "listings_without_vector": [FAILED]}
-    waiting = []
-    for listing, edited, failures in (
-        (2, T0, report),
-        (3, T0, REPORT),
-        (2, T0.replace(microsecond=0), REPORT),
-        (2, T0.replace(microsecond=5), REPORT),
-    ):
-        receipt = load.run((listing, [1, 0, 0], 1), report=failures, edited_date=edited)
-        waiting.append(receipt["waiting"])
+    earlier, later = T0.replace(microsecond=0), T0.replace(microsecond=5)
+    seen = []
+    nights: list[tuple[list[Any], list[Any], datetime]] = [
+        ([], [failed(2)], T0),
+        ([(3, [1, 0, 0], 1)], [failed(4, later)], T0),
+        ([(2, [1, 0, 0], 1)], [], earlier),
+        ([(2, [1, 0, 0], 1), (4, [1, 0, 0], 1)], [], later),
+    ]
+    for vectors, without, edited in nights:
+        receipt = load.run(*vectors, without=without, edited_date=edited)
+        seen.append(remembered(load))
+        assert receipt["waiting"] == len(seen[-1])
 
-    assert [1, 1, 1, 0] == waiting
-    assert {} == json.loads((load.folder / "cache/waiting.json").read_text())
+    assert [[(2, T0)], [(4, later), (2, T0)], [(4, later), (2, T0)], []] == seen
+
+
+def test_keys_wait_on_their_own(load: Load) -> None:
+    """What another key has loaded says nothing of this one."""
+    load.run(without=[failed(2)])
+    load.run((2, [1, 0, 0], 1), pca_rev="p")
+
+    assert [(2, T0)] == remembered(load)
+
+
+def test_nobody_waits_nothing_is_written(load: Load) -> None:
+    """A load that leaves nobody out makes no ledger."""
+    load.run((1, [1, 0, 0], 1))
+
+    assert [] == [path for path in load.folder.glob("cache/*") if path.suffix == ".parquet"]
+
+
+@pytest.mark.parametrize("ledger", ["a folder", "no Parquet", "other columns"])
+def test_a_ledger_in_disorder_costs_no_receipt(
+    load: Load, ledger: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows are in the table, so the receipt is written whatever becomes of the ledger."""
+    load.run(without=[failed(2)])
+    (path,) = (load.folder / "cache").glob("waiting-*.parquet")
+    path.unlink()
+    if ledger == "a folder":
+        path.mkdir()
+    elif ledger == "no Parquet":
+        path.write_bytes(b"PAR1 and no more")
+    else:
+        pq.write_table(pa.table({"listing_id": [1]}), path)
+    receipt = load.run((1, [1, 0, 0], 1), without=[failed(5)])
+
+    assert (1, 0, 0, 1) == (*counts(receipt), receipt["waiting"])
+    assert ("cannot be written" in caplog.text) == (ledger == "a folder")
+    if ledger != "a folder":
+        assert [(5, T0)] == remembered(load)

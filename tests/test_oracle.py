@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Workspace, create_tables, new_database, new_workspace
 
-from pipeline.demo.encoder import efficientnet_encoder
+from demo.encoder import efficientnet_encoder
 
 PHOTOS = os.environ.get("LISTING_PHOTOS_DIR", "")
 pytestmark = pytest.mark.skipif(not PHOTOS, reason="LISTING_PHOTOS_DIR is not set")

@@ -28,16 +28,16 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import T0, Database, Workspace
+from conftest import T0, Database, Workspace, waits_for_a_lock
 from oracle_table import embedder, expected_rows
 from PIL import Image
 
+from demo import postgres
 from pipeline import encode as encoding
 from pipeline import load as loading
-from pipeline import parquet
-from pipeline.demo import postgres
-from pipeline.errors import DatabaseError, DatabaseUnreachable
-from pipeline.settings import Environment, Settings
+from pipeline.stage import parquet
+from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
+from pipeline.stage.settings import Environment, Settings
 
 KILL_ROUNDS = int(os.environ.get("LISTING_KILL_ROUNDS", "2"))
 LOAD_ROUNDS = int(os.environ.get("LISTING_LOAD_ROUNDS", "10"))
@@ -219,15 +219,6 @@ def locked_target(database: Database, mode: str = "EXCLUSIVE") -> Iterator[None]
         connection.rollback()
 
 
-def waits_for_a_lock(database: Database) -> bool:
-    """Whether the load waits for a lock."""
-    waiting = database.execute(
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'listing-vectors'"
-        " AND datname = current_database() AND wait_event_type = 'Lock'"
-    )
-    return len(waiting) > 0
-
-
 # --- killed
 
 
@@ -288,8 +279,7 @@ def running_stages(process: subprocess.Popen[str]) -> list[str]:
 
 def waiting_listings(workspace: Workspace) -> int:
     """How many listings the ledger remembers."""
-    ledger = json.loads((workspace.folder / "cache" / "waiting.json").read_text())
-    return sum(len(listings) for listings in ledger.values())
+    return parquet.rows((workspace.folder / "cache").glob("waiting-*.parquet"))
 
 
 def test_a_stage_that_outlives_its_run_changes_nothing(workspace: Workspace) -> None:
@@ -494,6 +484,7 @@ def vectors_file(folder: Path, ids: range, *, reverse: bool = False, seed: int =
         "export": {"force": False},
         "aggregate": {"source": "s", "model_rev": "m", "pca_rev": ""},
         "encoder": {"weights": "w", "architecture": "a", "transform": "t"},
+        "select": {"topk": 5},
     }
     path = folder / f"{ids.start}-{ids.stop}-{reverse}-{seed}.parquet"
     with parquet.writer(path, schema, made_by) as writer:
@@ -508,14 +499,16 @@ class Load:
         folder.mkdir(parents=True, exist_ok=True)
         self.args = argparse.Namespace(
             vectors=vectors,
-            failures=folder / "failures.json",
+            without_vector=folder / "without_vector.parquet",
             listings=folder / "listings.parquet",
             receipt=folder / "receipt.json",
         )
-        nothing = {"failed": {}, "images": 0, "listings": 0, "listings_without_vector": []}
-        parquet.write_json(self.args.failures, nothing)
-        with parquet.writer(self.args.listings, parquet.LISTINGS, {}):
-            pass
+        for path, schema in (
+            (self.args.listings, parquet.LISTINGS),
+            (self.args.without_vector, parquet.WITHOUT_VECTOR),
+        ):
+            with parquet.writer(path, schema, {}):
+                pass
         self.chosen = Settings(cache_dir=str(folder / "cache"), **settings)
 
     def __call__(self) -> dict[str, Any]:
@@ -679,7 +672,7 @@ def test_two_runs_with_one_cache(workspace: Workspace, tmp_path: Path) -> None:
 def test_a_soak_of_incremental_runs(workspace: Workspace) -> None:
     """After each of many changes and runs, the table is what the rows and the files say."""
     draw = random.Random(SEED)
-    workspace.config |= {"topk": 2, "max_failed_fraction": 1, "shards": 2}
+    workspace.config |= {"topk": 2, "shards": 2}
     embed = embedder(workspace.encoder, workspace.photos)
     shop = Shop(workspace, draw)
     table: dict[tuple[int, str], tuple[str, int]] = {}

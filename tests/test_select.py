@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import parquet
-from pipeline.errors import DataError
-from pipeline.select import select, select_images, shard_of
-from pipeline.settings import Settings
+from pipeline import select as stage
+from pipeline.select import ShardWriter, select, select_images, shard_of
+from pipeline.stage import parquet
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Settings
 
 T0 = datetime(2026, 1, 1, 12, tzinfo=UTC)
 EXPORT = {"export": {"force": False}}
@@ -52,7 +53,7 @@ def chosen(
 ) -> list[tuple[int, int, int, bool]]:
     """(listing_id, image_index, rank, fallback) of the selection."""
     selected = select_images(frame(*rows), topk, stock, screenshots)
-    assert parquet.SELECTED == selected.to_arrow().cast(parquet.SELECTED).schema
+    assert pl.DataFrame(parquet.SELECTED.empty_table()).schema == selected.schema
     return selected.select("listing_id", "image_index", "rank", "fallback").rows()
 
 
@@ -65,11 +66,13 @@ def test_the_best_scores_are_ranked_first() -> None:
 
 def test_ties_go_to_the_lower_image_index() -> None:
     """Among equal scores the lower image_index comes first, then the storage_path."""
-    actual = chosen(candidate(2, 10), candidate(0, 10), candidate(1, 10), candidate(-1, 0), topk=3)
-    same_index = select_images(frame(candidate(0, path="b"), candidate(0, path="a")), 1, True, True)
+    rows = [candidate(i, 10, path=path) for i, path in ((2, "a"), (0, "c"), (1, "b"))]
+    actual = chosen(*rows, candidate(-1, 0), topk=3)
+    one_index = [{**candidate(0), "storage_path": path} for path in (None, "b", "a")]
+    paths = select_images(frame(*one_index), 3, True, True)["storage_path"].to_list()
 
     assert [(1, 0, 1, False), (1, 1, 2, False), (1, 2, 3, False)] == actual
-    assert ["a"] == same_index["storage_path"].to_list()
+    assert ["a", "b", None] == paths
 
 
 @pytest.mark.parametrize(
@@ -137,11 +140,11 @@ def test_a_shard_depends_on_the_listing_alone() -> None:
     """The shard of an id is fixed and within range for any 64-bit id, and ids with gaps spread."""
     ids = pl.DataFrame({"id": [1, 2, 3, 0, -1, 2**63 - 1, -(2**63)]})
     gapped = pl.DataFrame({"id": [1024 * i for i in range(4000)]})
-    fixed = ids.select(shard_of(pl.col("id"), 4))["id"].to_list()
-    again = ids.reverse().select(shard_of(pl.col("id"), 4))["id"].to_list()
+    fixed = ids.select(shard_of(pl.col("id"), 1000))["id"].to_list()
+    again = ids.reverse().select(shard_of(pl.col("id"), 1000))["id"].to_list()
     spread = gapped.select(shard_of(pl.col("id"), 4))["id"].value_counts()["count"].to_list()
 
-    assert [0, 1, 2, 0, 3, 3, 0] == fixed
+    assert [884, 121, 6, 0, 763, 587, 824] == fixed
     assert fixed[::-1] == again
     assert 4 == len(spread)
     assert min(spread) > 900
@@ -157,14 +160,17 @@ def write_export(folder: Path, rows: list[dict[str, Any]], listings: int) -> Non
 
 def run(folder: Path, shards: int, *prune: Path) -> list[Path]:
     outputs = [folder / "select" / f"{n}-of-{shards}.parquet" for n in range(1, shards + 1)]
-    args = argparse.Namespace(
+    select(arguments(folder, outputs, *prune), Settings())
+    return outputs
+
+
+def arguments(folder: Path, outputs: list[Path], *prune: Path) -> argparse.Namespace:
+    return argparse.Namespace(
         listings=folder / "listings.parquet",
         images=folder / "images.parquet",
         outputs=outputs,
         prune=list(prune),
     )
-    select(args, Settings())
-    return outputs
 
 
 def rows_of(paths: list[Path]) -> list[list[tuple[int, int]]]:
@@ -194,7 +200,75 @@ def test_shards_without_a_listing_are_empty_files(tmp_path: Path) -> None:
 
     assert [[], [], [(1, 1)]] == sorted(rows_of(outputs), key=len)
     assert [True] * 3 == [pq.read_schema(path).equals(parquet.SELECTED) for path in outputs]
-    assert [["export", "select"]] * 3 == [sorted(parquet.metadata(path)) for path in outputs]
+    chosen = {
+        "topk": 5, "exclude_stock": True, "exclude_screenshots": True, "projection": "",
+    }  # fmt: skip
+    assert [{**EXPORT, "select": chosen}] * 3 == [parquet.metadata(path) for path in outputs]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [2, 3]),
+        ({"exclude_stock": False}, [0, 2, 3]),
+        ({"exclude_screenshots": False}, [1, 2, 3]),
+        ({"topk": 1}, [2]),
+    ],
+    ids=str,
+)
+def test_each_setting_reaches_the_shards(
+    tmp_path: Path, settings: dict[str, Any], expected: list[int]
+) -> None:
+    """topk and the exclusions decide what is written, and the number of it is the answer."""
+    rows = [candidate(0, stock=True), candidate(1, screenshot=True), candidate(2), candidate(3)]
+    write_export(tmp_path, rows, 1)
+    output = tmp_path / "1-of-1.parquet"
+    written = select(arguments(tmp_path, [output]), Settings(**settings))
+
+    assert expected == pq.read_table(output)["image_index"].to_pylist()
+    assert len(expected) == written
+
+
+def row_groups(path: Path) -> list[int]:
+    """The rows of each row group."""
+    footer = pq.read_metadata(path)
+    return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+
+
+def test_images_of_many_batches_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches there are, each image is written and counted, in export order."""
+    monkeypatch.setattr(stage, "BATCH_ROWS", 3)
+    write_export(tmp_path, [candidate(i, listing=n) for n in range(7) for i in (0, 1)], 7)
+    output = tmp_path / "1-of-1.parquet"
+    written = select(arguments(tmp_path, [output]), Settings())
+
+    assert 14 == written
+    assert [[(n, rank) for n in range(7) for rank in (1, 2)]] == rows_of([output])
+
+
+def test_rows_are_held_back_until_there_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven batches of one row make row groups of three, and of one at the end."""
+    monkeypatch.setattr(stage, "BUFFERED_ROWS", 3)
+    with parquet.writer(tmp_path / "rows", parquet.SELECTED, {}) as writer:
+        shards = ShardWriter([writer])
+        for listing in range(7):
+            shards.write(select_images(frame(candidate(0, listing=listing)), 1, True, True))
+        shards.flush()
+
+    assert [3, 3, 1] == row_groups(tmp_path / "rows")
+    assert [[(n, 1) for n in range(7)]] == rows_of([tmp_path / "rows"])
+
+
+def test_row_groups_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held back is written in row groups that a reader can take one by one."""
+    monkeypatch.setattr(parquet, "ROW_GROUP", 3)
+    write_export(tmp_path, [candidate(0, listing=n) for n in range(7)], 7)
+
+    assert [[3, 3, 1]] == [row_groups(path) for path in run(tmp_path, 1)]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -205,26 +279,75 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first == [path.read_bytes() for path in run(tmp_path, 2)]
 
 
-def test_shards_of_another_split_are_removed(tmp_path: Path) -> None:
+def test_shards_of_another_split_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A new number of shards leaves none of the old ones, here or in encode; all else stays."""
     write_export(tmp_path, [candidate(0)], 1)
     encode = tmp_path / "encode"
     encode.mkdir()
-    for name in ("1-of-2.parquet", "1-of-2.json", "2-of-2.parquet", "1-of-3.parquet", "notes.txt"):
+    others = [".1-of-3.parquet.99.tmp", "1-of-2.json", "1-of-2.parquet", "2-of-2.parquet"]
+    for name in (*others, "1-of-3.parquet", "notes.txt"):
         (encode / name).touch()
     run(tmp_path, 2)
-    run(tmp_path, 3, tmp_path / "select", encode)
+    with caplog.at_level("INFO", "pipeline"):
+        run(tmp_path, 3, encode, tmp_path / "select")
 
     assert ["1-of-3.parquet", "2-of-3.parquet", "3-of-3.parquet"] == sorted(
         path.name for path in (tmp_path / "select").iterdir()
     )
     assert ["1-of-3.parquet", "notes.txt"] == sorted(path.name for path in encode.iterdir())
+    removed = [encode / name for name in others]
+    removed += [tmp_path / "select" / f"{n}-of-2.parquet" for n in (1, 2)]
+    assert [f"removed {path}, a shard of another split" for path in removed] == caplog.messages
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Each flag has its effect, and the last line says how many images went where."""
+    write_export(tmp_path, [candidate(i, stock=i == 0) for i in range(4)], 1)
+    (tmp_path / "encode").mkdir()
+    (tmp_path / "encode" / "1-of-2.parquet").touch()
+    output = tmp_path / "select" / "1-of-1.parquet"
+    words = [
+        "--listings", tmp_path / "listings.parquet", "--images", tmp_path / "images.parquet",
+        "--outputs", output, "--prune", tmp_path / "encode", "--topk", 2, "--exclude-stock", "no",
+        "--exclude-screenshots", "no",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["select", *map(str, words)])
+    with caplog.at_level("INFO", "pipeline"):
+        stage.main()
+
+    assert [0, 1] == pq.read_table(output)["image_index"].to_pylist()
+    recipe = {"topk": 2, "exclude_stock": False, "exclude_screenshots": False, "projection": ""}
+
+    assert recipe == (parquet.metadata(output)["select"])
+    assert [] == list((tmp_path / "encode").iterdir())
+    assert f"2 images selected -> {tmp_path}/select" == caplog.messages[-1]
+
+
+@pytest.mark.parametrize("flag", ["--listings", "--images", "--outputs"])
+def test_the_command_needs_its_files(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one of them it names the flag, before anything is read or written."""
+    flags = {"--listings": "l", "--images": "i", "--outputs": "o"}
+    words = [word for name, value in flags.items() if name != flag for word in (name, value)]
+    monkeypatch.setattr("sys.argv", ["select", *words])
+    with pytest.raises(SystemExit) as ended:
+        stage.main()
+
+    assert 2 == ended.value.code
+    assert f"the following arguments are required: {flag}\n" in capsys.readouterr().err
 
 
 def test_a_listing_without_a_candidate_is_refused(tmp_path: Path) -> None:
     """Exports that do not belong together are an error, and no shard is written."""
     write_export(tmp_path, [candidate(0)], 2)
 
-    with pytest.raises(DataError, match="expected 2 listings with a selected image, found 1"):
+    with pytest.raises(DataError) as error:
         run(tmp_path, 2)
+    assert (
+        f"expected 2 listings with a selected image, found 1 ({tmp_path}/listings.parquet);"
+        " hint: run the export again: --forcerun export"
+    ) == str(error.value)
     assert [] == list((tmp_path / "select").iterdir())

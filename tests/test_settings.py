@@ -1,6 +1,7 @@
 """Settings: one set of names and defaults everywhere, and one line for what is wrong."""
 
 import argparse
+import importlib
 import inspect
 import re
 import tomllib
@@ -11,9 +12,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from pipeline import run, settings
-from pipeline.errors import SettingsError
-from pipeline.settings import Environment, Settings
+from pipeline.stage import settings
+from pipeline.stage.errors import SettingsError
+from pipeline.stage.settings import Environment, Identity, Settings
+from pipeline.workflow import run
 
 DEFAULTS: dict[str, Any] = {
     "limit_listings": 50000,
@@ -23,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "exclude_screenshots": True,
     "model_name": "ViT-B-32",
     "pretrained": "laion2b_s34b_b79k",
-    "source": "listing_images_topk5_v1",
+    "source": "",
     "model_rev": "",
     "pca_rev": "",
     "batch_size": 96,
@@ -35,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "max_failed_fraction": 0.5,
     "follow_symlinks": False,
     "benchmark_images": 2000,
-    "shards": 4,
+    "shards": "auto",
     "cache_dir": "cache",
 }
 
@@ -53,6 +55,32 @@ def test_config_yaml_repeats_the_schema() -> None:
     assert Settings().model_dump() == yaml.safe_load(text)
     assert len(keys) == len(set(keys))
     assert [] == re.findall(r"^\w+:[^#]*$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "listing_images_topk5_v1"),
+        ({"topk": 3}, "listing_images_topk3_v1"),
+        ({"topk": 3, "source": "mine"}, "mine"),
+        ({"exclude_stock": False}, "listing_images_topk5_v1"),
+    ],
+)
+def test_an_empty_source_follows_topk(given: dict[str, Any], expected: str) -> None:
+    """Another topk is another key unless the source has a name of its own."""
+    assert expected == Settings(**given).identity.source
+
+
+def test_the_recipe_is_what_makes_a_listing_of_its_images() -> None:
+    """It has each setting that decides which images count, and the projection."""
+    chosen = Settings(topk=3, exclude_stock=False, exclude_screenshots=False)
+
+    assert {
+        "topk": 3, "exclude_stock": False, "exclude_screenshots": False, "projection": "",
+    } == chosen.recipe  # fmt: skip
+    assert {
+        "topk": 5, "exclude_stock": True, "exclude_screenshots": True, "projection": "",
+    } == Settings().recipe  # fmt: skip
 
 
 def requirements(names: list[str]) -> dict[str, str]:
@@ -110,6 +138,12 @@ def test_the_lock_is_within_the_ranges() -> None:
             " hint: topk is: images per listing, best score first (default 5)",
         ),
         (
+            {"shards": "many"},
+            "expected shards: a valid integer, unable to parse string as an integer or 'auto',"
+            " found 'many' (config.yaml); hint: shards is: parts that can be encoded side by side;"
+            " auto: one for 10,000 photos (default 'auto')",
+        ),
+        (
             {"decode": "fast"},
             "expected decode: 'full' or 'scaled', found 'fast' (config.yaml);"
             " hint: decode is: full: every pixel; scaled: JPEG shrunk while decoding"
@@ -118,14 +152,15 @@ def test_the_lock_is_within_the_ranges() -> None:
         (
             {"max_failed_fraction": 2},
             "expected max_failed_fraction: less than or equal to 1, found 2 (config.yaml);"
-            " hint: max_failed_fraction is: stop before the load above this share of failed images"
+            " hint: max_failed_fraction is: a run stops for a wrong IMAGE_ROOT_DIR if a larger"
+            " share of the newest listings with a vector has no photo left, or no photo of the run"
+            " is there; 1: never"
             " (default 0.5)",
         ),
         (
-            {"source": ""},
-            "expected source: String should have at least 1 character, found '' (config.yaml);"
-            " hint: source is: key: which recipe made the vectors"
-            " (default 'listing_images_topk5_v1')",
+            {"model_name": ""},
+            "expected model_name: String should have at least 1 character, found '' (config.yaml);"
+            " hint: model_name is: open_clip model, or local-dir:FOLDER (default 'ViT-B-32')",
         ),
     ],
 )
@@ -157,15 +192,87 @@ def test_values_out_of_range_are_refused(given: dict[str, Any]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_config_file_that_is_no_yaml_is_one_line(tmp_path: Path) -> None:
-    """The parser's own words, on one line, with the file's name."""
-    config = tmp_path / "config.yaml"
-    config.write_text("topk: [1\nforce: {")
+HOW = (
+    "as in 'topk: 5', with a blank after the colon; without this file, the settings are those of"
+    " the config.yaml beside the Snakefile"
+)
 
-    with pytest.raises(SettingsError, match="expected YAML, found while parsing") as error:
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "topk: 3\nforce {\n",
+            "YAML, found could not find expected ':' ({config}, line 3); hint: a setting is KEY:"
+            " VALUE, with a blank after the colon and without tabs",
+        ),
+        (
+            "topk: [1\nforce: {",
+            "YAML, found expected ',' or ']', but got ':' ({config}, line 2); hint: a setting is"
+            " KEY: VALUE, with a blank after the colon and without tabs",
+        ),
+        ("", f"settings as KEY: VALUE, one a line, found nothing ({{config}}); hint: {HOW}"),
+        (
+            "- topk: 3\n",
+            f"settings as KEY: VALUE, one a line, found a list ({{config}}); hint: {HOW}",
+        ),
+        (
+            "topk:3\n",
+            "settings as KEY: VALUE, one a line, found the text 'topk:3' ({config}); hint: " + HOW,
+        ),
+    ],
+    ids=["colon", "bracket", "empty", "list", "blank"],
+)
+def test_a_config_file_that_is_no_mapping_is_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    """What is wrong with it, on which line of which file, and how a setting looks."""
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+
+    with pytest.raises(SettingsError) as error:
         settings.read_config(path=config)
-    assert "\n" not in str(error.value)
-    assert str(config) in str(error.value)
+    assert f"expected {message.format(config=config)}" == str(error.value)
+
+
+def test_whose_fault_a_bad_setting_is(tmp_path: Path) -> None:
+    """A setting of the file is laid to the file, one of --config to --config."""
+    config = tmp_path / "config.yaml"
+    config.write_text("topk: 3\n")
+    (tmp_path / "bad.yaml").write_text("topk: 0\n")
+
+    with pytest.raises(SettingsError, match=r"found 0 \(--config\)"):
+        settings.read_config(["topk=0"], config)
+    with pytest.raises(SettingsError, match=rf"found 0 \({tmp_path / 'bad.yaml'}\)"):
+        settings.read_config(["decode=full"], tmp_path / "bad.yaml")
+    with pytest.raises(SettingsError, match=r"expected KEY=VALUE, found 'topk' \(--config\)"):
+        settings.read_config(["topk"], config)
+
+
+def test_the_settings_beside_the_snakefile_are_used_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder without config.yaml the checkout's counts, and a line says so; else it does not.
+
+    The results go to the folder itself, and the line says that too.
+    """
+    checkout, folder = tmp_path / "checkout", tmp_path / "folder"
+    checkout.mkdir()
+    folder.mkdir()
+    (checkout / "config.yaml").write_text("topk: 3\n")
+    monkeypatch.setattr(settings, "CHECKOUT", checkout)
+    monkeypatch.chdir(folder)
+    beside = settings.read_config()
+    said = capsys.readouterr().err
+    (folder / "config.yaml").write_text("topk: 4\n")
+    own = settings.read_config()
+
+    assert (3, 4) == (beside.topk, own.topk)
+    assert (
+        f"no config.yaml in this folder: settings are {checkout}/config.yaml,"
+        f" results go to {folder}/results\n"
+    ) == said
+    assert "" == capsys.readouterr().err
 
 
 def test_overrides_go_over_the_file(tmp_path: Path) -> None:
@@ -185,6 +292,7 @@ def test_the_environment_has_defaults() -> None:
         "listings": ("iPhone", "iphone_listings"),
         "images": ("iPhone", "iphone_image_assets"),
         "features": ("ml", "iphone_image_features_v1"),
+        "features_named": False,
         "vectors": ("ml", "img_vec512_v1"),
     } == Environment.read({}).model_dump()
 
@@ -203,9 +311,19 @@ def test_the_environment_names_everything() -> None:
         "listings": ("A", "b"),
         "images": ("C", "d"),
         "features": ("E", "f"),
+        "features_named": True,
         "vectors": ("E", "g"),
     } == Environment.read(names).model_dump()
     assert Environment.read({}) == Environment.read(dict.fromkeys(names, ""))
+
+
+@pytest.mark.parametrize("length", [1, 54, 55, 63])
+def test_the_registry_has_a_name_that_postgres_takes_whole(length: int) -> None:
+    """It stands beside the vectors under their name; 63 letters are the most of any name."""
+    registry = Environment.read({"ML_SCHEMA": "m", "VECTORS_TABLE": "v" * length}).registry
+
+    assert ("m", "v" * min(length, 54) + "_encoders") == registry
+    assert 63 >= len(registry[1])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +349,7 @@ FLAGS = {
     "--topk": 5,
     "--model-name": "ViT-B-32",
     "--pretrained": "laion2b_s34b_b79k",
-    "--source": "listing_images_topk5_v1",
+    "--source": "",
     "--pca-rev": "",
     "--batch-size": 96,
     "--num-workers": 6,
@@ -332,3 +450,28 @@ def test_every_setting_is_described() -> None:
 
     assert [] == [name for name, field in fields.items() if not field.description]
     assert inspect.getdoc(Settings)
+
+
+def named_at(rule: str) -> set[str]:
+    """The settings that a rule of the Snakefile names, in its params and resources."""
+    text = (REPOSITORY / "Snakefile").read_text()
+    block = re.findall(rf"^rule {rule}:\n(.*?)(?=^rule |\Z)", text, re.M | re.S)[0]
+    params = block.split("    params:\n")[1].split("        code=")[0]
+    groups = {"*KEY": Identity._fields, "*PHOTO_LIMITS": settings.PHOTO_LIMITS}
+    listed = [name for group, names in groups.items() if group in params for name in names]
+    return {*listed, *re.findall(r'"(\w+)"', params), *re.findall(r"\bsettings\.(\w+)", block)}
+
+
+@pytest.mark.parametrize("stage", ["export", "select", "encode", "aggregate", "load", "benchmark"])
+def test_a_rule_names_the_settings_of_its_command(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each setting that a stage takes as a flag is named at its rule, and no other."""
+    monkeypatch.setattr("sys.argv", [stage, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"pipeline.{stage}").main()
+    flags = {
+        f.replace("-", "_") for f in re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.M)
+    }
+
+    assert named_at(stage) - {"weights"} == flags & Settings.model_fields.keys()

@@ -15,18 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import (
     REPOSITORY,
-    Database,
     Run,
     Workspace,
     create_tables,
+    fork_of,
     new_database,
-    new_environment,
     new_workspace,
 )
 
-from pipeline import parquet
-from pipeline.demo import postgres
-from pipeline.demo.encoder import random_encoder
+from demo.encoder import random_encoder
+from pipeline.stage import parquet
+from pipeline.workflow.plan import Workflow
 
 STAGES = ["aggregate", "encode", "export", "load", "select"]
 AFTER_SELECT = ["aggregate", "encode", "load", "select"]
@@ -66,13 +65,21 @@ def receipt(workspace: Workspace) -> dict[str, int]:
     return {name: document[name] for name in ("inserted", "updated", "unchanged", "waiting")}
 
 
+def ledgers(workspace: Workspace) -> dict[str, bytes]:
+    """The files that remember who waits."""
+    return {path.name: path.read_bytes() for path in workspace.folder.glob("cache/waiting-*")}
+
+
 def error_of(run: Run) -> str:
-    """The one line with which a failed run said why; no traceback is anywhere in its output."""
+    """The one line with which a failed run said why; no traceback is anywhere in its output.
+
+    It is the last line. A stage's is said twice: by the stage, and after Snakemake's page about it.
+    """
     assert run.code != 0, run.output
     assert "Traceback" not in run.output, run.output
-    found = re.findall(r"^error(?: in \w+)?: (.*)$", run.output, re.M)
-    assert 1 == len(found), run.output
-    return str(found[0])
+    found = re.findall(r"^(error(?: in \w+)?: .*)$", run.output, re.M)
+    assert {run.output.splitlines()[-1]} == set(found), run.output
+    return re.sub(r"^error(?: in \w+)?: ", "", str(found[0]))
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -82,22 +89,6 @@ def files(folder: Path) -> dict[str, int]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@contextmanager
-def fork_of(original: Workspace, folder: Path) -> Iterator[Workspace]:
-    """A copy of a workspace: its folder with all mtimes, and its database."""
-    shutil.copytree(original.folder, folder)
-    server = Path(re.findall(r"host=([^&]+)", original.database.dsn)[0].replace("%2F", "/"))
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    template = re.findall(r"/([^/?]+)\?", original.database.dsn)[0]
-    admin = Database(postgres.dsn(server))
-    admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    database = Database(postgres.dsn(server, name))
-    yield Workspace(
-        folder, database, original.encoder, new_environment(database.dsn), dict(original.config)
-    )
-    admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +169,14 @@ class Change:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+def unloaded(workspace: Workspace) -> None:
+    """The folder as the dry run leaves it: nothing was loaded or remembered of its export."""
+    workspace.database.execute("TRUNCATE ml.img_vec512_v1, ml.img_vec512_v1_encoders")
+    (workspace.results / "load/receipt.json").unlink()
+    for name in ledgers(workspace):
+        (workspace.folder / "cache" / name).unlink()
+
+
 # name: (change, the rules that run again)
 RERUNS: dict[str, tuple[Change, list[str]]] = {
     "nothing": (Change(), []),
@@ -200,23 +199,32 @@ RERUNS: dict[str, tuple[Change, list[str]]] = {
     ),
     "missing file arrives": (Change(lambda w: w.photo("3/1.jpg")), STAGES),
     "file of a finished listing": (Change(lambda w: w.photo("1/0.jpg", "blue")), []),
-    "topk": (Change(config={"topk": 1}), AFTER_SELECT),
-    "exclude_stock": (Change(config={"exclude_stock": False}), AFTER_SELECT),
-    "exclude_screenshots": (Change(config={"exclude_screenshots": False}), AFTER_SELECT),
-    "shards": (Change(config={"shards": 3}), AFTER_SELECT),
-    "set-scatter": (Change(words=("--set-scatter", "encode=3")), AFTER_SELECT),
+    "topk": (Change(config={"topk": 1}), STAGES),
+    "recipe under a source of its own": (
+        Change(config={"source": "other", "topk": 1, "exclude_stock": False}), STAGES,
+    ),
+    "recipe before the first load": (
+        Change(unloaded, config={"exclude_stock": False, "exclude_screenshots": False}),
+        AFTER_SELECT,
+    ),
+    "recipe by force": (
+        Change(words=("--forcerun", "export"), config={"force": True, "exclude_stock": False}),
+        STAGES,
+    ),
+    "shards": (Change(config={"shards": 3}), []),
+    "shards: auto": (Change(config={"shards": "auto"}), []),
+    "set-scatter": (Change(words=("--set-scatter", "encode=3")), []),
     "precision": (Change(config={"precision": "bf16"}), AFTER_ENCODE),
     "decode": (Change(config={"decode": "scaled"}), AFTER_ENCODE),
     "orientation": (Change(config={"apply_exif_orientation": False}), AFTER_ENCODE),
     "source": (Change(config={"source": "other"}), STAGES),
     "pca_rev": (Change(config={"pca_rev": "other"}), STAGES),
     "model_rev": (Change(config={"model_rev": "other"}), STAGES),
-    "max_failed_fraction": (Change(config={"max_failed_fraction": 0.9}), ["load"]),
     "a limit that cuts nothing off": (Change(config={"limit_listings": 1}), []),
     "cores": (Change(words=("--cores", "1")), []),
     "speed settings": (
         Change(config={"batch_size": 1, "num_workers": 1, "device": "cpu", "memory_mb": 999,
-                       "lock_timeout_s": 9, "benchmark_images": 9}), [],
+                       "lock_timeout_s": 9, "benchmark_images": 9, "max_failed_fraction": 0.9}), [],
     ),
     "force": (Change(words=("--forcerun", "export"), config={"force": True}), STAGES),
 }  # fmt: skip
@@ -247,6 +255,188 @@ def test_what_reruns_when(replanned: dict[str, Run], what: str) -> None:
     assert (0, expected) == (replanned[what].code, replanned[what].rules), replanned[what].output
 
 
+# name: (what else is different, the settings, the start of the error)
+MIXING: dict[str, tuple[Callable[[Workspace], object], dict[str, Any], str]] = {
+    "exclude_stock": (
+        lambda w: None, {"exclude_stock": False},
+        "expected vectors of the encoder and recipe that made (listing_images_topk5_v1, KEY, '')"
+        " in the table, found exclude_stock false instead of true (\"ml\".\"img_vec512_v1\");"
+        " hint: give the recipe its own source, or overwrite all of them with force",
+    ),
+    "exclude_screenshots": (
+        lambda w: None, {"exclude_screenshots": False},
+        "expected vectors of the encoder and recipe that made (listing_images_topk5_v1, KEY, '')"
+        " in the table, found exclude_screenshots false instead of true",
+    ),
+    "topk": (
+        lambda w: None, {"topk": 1, "source": "listing_images_topk5_v1"},
+        "expected vectors of the encoder and recipe that made (listing_images_topk5_v1, KEY, '')"
+        " in the table, found topk 1 instead of 5",
+    ),
+    "weights": (
+        sql("UPDATE ml.img_vec512_v1_encoders SET encoder = encoder || '{\"weights\": \"x\"}'"),
+        {},
+        "expected vectors of the encoder and recipe that made (listing_images_topk5_v1, KEY, '')"
+        " in the table, found another weights",
+    ),
+    "force, an earlier edit": (
+        lambda w: w.database.edit(1, LATER), {"exclude_stock": False, "force": True},
+        "expected every row of (listing_images_topk5_v1, KEY, '') to be replaced by exclude_stock"
+        " false instead of true, found 1 rows that would stay",
+    ),
+    "force, the limit": (
+        lambda w: None, {"exclude_stock": False, "force": True, "limit_listings": 1},
+        "expected every row of (listing_images_topk5_v1, KEY, '') to be replaced by exclude_stock"
+        " false instead of true, found 1 rows that would stay",
+    ),
+    "force, a listing that is spam now": (
+        sql("UPDATE \"iPhone\".iphone_listings SET spam = 'spam' WHERE listing_id = 1"),
+        {"exclude_stock": False, "force": True},
+        "expected every row of (listing_images_topk5_v1, KEY, '') to be replaced by exclude_stock"
+        " false instead of true, found 1 rows that would stay",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MIXING)
+def test_what_would_mix_is_refused_before_the_first_image(
+    finished: Workspace, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan ends in one line, in the transaction in which it asks what is pending."""
+    change, config, message = MIXING[what]
+    change(finished)
+    before = finished.database.vectors()
+    with planning(finished, monkeypatch, config) as flow, pytest.raises(SystemExit) as error:
+        flow.table(None)
+
+    said = str(error.value).replace(flow.identity.model_rev, "KEY")
+    assert said.startswith(f"error: {message}")
+    assert "\n" not in said
+    assert before == finished.database.vectors()
+
+
+@contextmanager
+def planning(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> Iterator[Workflow]:
+    """What the Snakefile asks for a run with these settings in this folder."""
+    for name, value in workspace.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(workspace.folder)
+    yield Workflow({"model_name": f"local-dir:{workspace.encoder}", "shards": 1, **config})
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["DROP TABLE ml.img_vec512_v1_encoders"],
+        ["ALTER TABLE ml.img_vec512_v1_encoders DROP recipe"],
+        ["UPDATE ml.img_vec512_v1_encoders SET recipe = NULL"],
+        ["DELETE FROM ml.img_vec512_v1_encoders"],
+    ],
+    ids=["no registry", "no recipes", "no recipe", "no key"],
+)
+def test_what_is_not_registered_is_no_obstacle(
+    finished: Workspace, statements: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan goes on where the registry does not say what made the rows."""
+    for statement in statements:
+        finished.database.execute(statement)
+    with planning(finished, monkeypatch, {"exclude_stock": False}) as flow:
+        assert [] != flow.table(None)
+
+
+def test_a_registry_that_may_not_be_read_is_no_obstacle(
+    finished: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that may read the inputs and the table alone can plan all but the load."""
+    role = f"planner_{uuid.uuid4().hex[:8]}"
+    finished.database.execute(f'CREATE ROLE "{role}" LOGIN')
+    try:
+        for sql in (
+            'GRANT USAGE ON SCHEMA ml, "iPhone" TO "{role}"',
+            'GRANT SELECT ON ALL TABLES IN SCHEMA ml, "iPhone" TO "{role}"',
+            'REVOKE ALL ON ml.img_vec512_v1_encoders FROM "{role}"',
+        ):
+            finished.database.execute(sql.format(role=role))
+        dsn = finished.database.dsn.replace("postgres@", f"{role}@", 1)
+        monkeypatch.setitem(finished.env, "PG_DSN", dsn)
+        with planning(finished, monkeypatch, {"exclude_stock": False}) as flow:
+            planned = flow.export("exclude_stock")(None)
+    finally:
+        finished.database.execute(f'DROP OWNED BY "{role}"')
+        finished.database.execute(f'DROP ROLE "{role}"')
+
+    assert planned.startswith("--exclude-stock=False ")
+
+
+def test_another_topk_is_another_key(finished: Workspace) -> None:
+    """`run --topk 1`: each listing under a name of its own, from the cache; the others stay."""
+    before = finished.database.vectors()
+    model = f"model_name=local-dir:{finished.encoder}"
+    run = finished.python(
+        "-m", "pipeline", "run", "--topk", "1", "--cores", "2", "--model-name",
+        model.removeprefix("model_name="),
+    )  # fmt: skip
+    after = finished.database.vectors()
+    recipes = finished.database.execute(
+        "SELECT source, recipe->>'topk' FROM ml.img_vec512_v1_encoders ORDER BY 1"
+    )
+
+    assert 0 == run.code, run.output
+    assert before == [row for row in after if row[2] == "listing_images_topk5_v1"]
+    assert [(1, "listing_images_topk1_v1", 1), (2, "listing_images_topk1_v1", 1)] == [
+        (row[0], row[2], row[6]) for row in after if row not in before
+    ]
+    assert {"same file": 2, "missing": 1} == encoded(finished)
+    assert [("listing_images_topk1_v1", "1"), ("listing_images_topk5_v1", "5")] == recipes
+
+
+def test_another_recipe_under_the_key_needs_force(finished: Workspace) -> None:
+    """A real run is refused in one line before any job; with force it replaces every row."""
+    finished.database.add_features(1, 0, stock=True)
+    before = listings(finished)
+    refused = finished.snakemake(config={"exclude_stock": False, "exclude_screenshots": False})
+    untouched = listings(finished)
+    recipe = {"exclude_stock": False, "topk": 1, "source": "listing_images_topk5_v1"}
+    finished.run("--forcerun", "export", config={"force": True, **recipe})
+
+    assert "found exclude_screenshots false instead of true and exclude_stock false" in (
+        error_of(refused)
+    )
+    assert [] == refused.rules
+    assert before == untouched
+    assert [(1, 1), (2, 1)] == [(row[0], row[2]) for row in listings(finished)]
+    assert [
+        ('{"topk": 1, "projection": "", "exclude_stock": false, "exclude_screenshots": true}',)
+    ] == (finished.database.execute("SELECT recipe::text FROM ml.img_vec512_v1_encoders"))
+    assert [] == finished.run("-n", config=recipe).rules
+
+
+@pytest.mark.parametrize("stage", ["export", "aggregate"])
+def test_a_stage_by_hand_must_be_told_the_source(fresh: Workspace, stage: str) -> None:
+    """Where topk is not known an empty source cannot stand for it: one line says so."""
+    names = {
+        "export": ("--listings", "--images"),
+        "aggregate": ("--encoded", "--images", "--output", "--without-vector", "--failures"),
+    }
+    files_of = [word for name in names[stage] for word in (name, "x")]
+    run = fresh.python("-m", f"pipeline.{stage}", *files_of, "--model-rev", "m")
+
+    assert 2 == run.code
+    assert run.output.splitlines()[-1].endswith("error: --source must name the recipe")
+
+
+def test_check_refuses_what_would_mix(finished: Workspace) -> None:
+    """`python -m pipeline check` finds what the load would refuse, in the same words."""
+    words = ["-m", "pipeline", "check", "--config", f"model_name=local-dir:{finished.encoder}"]
+    bad = finished.python(*words, "exclude_stock=false")
+    forced = finished.python(*words, "exclude_stock=false", "force=true")
+
+    assert (1, 1) == (bad.code, bad.output.count("found exclude_stock false instead of true"))
+    assert 0 == forced.code, forced.output
+
+
 def test_another_encoder_reruns_everything(finished: Workspace, tmp_path: Path) -> None:
     """Other weights are another key: all listings are pending; a copied folder is the same one."""
     other = random_encoder(tmp_path / "other", seed=2)
@@ -262,7 +452,7 @@ def checkout(folder: Path) -> Path:
     shutil.copytree(
         REPOSITORY / "pipeline",
         folder / "pipeline",
-        ignore=shutil.ignore_patterns("__pycache__", "demo"),
+        ignore=shutil.ignore_patterns("__pycache__"),
         copy_function=shutil.copyfile,
     )
     shutil.copytree(REPOSITORY / "profiles", folder / "profiles")
@@ -284,23 +474,24 @@ def test_an_edit_to_a_stage_reruns_it(finished: Workspace, tmp_path: Path) -> No
     """A stage's own code reruns that stage and what follows; other code and mtimes nothing."""
     code = checkout(tmp_path / "code")
     reran = {"": run_of(finished, code, "-n").rules}
-    for module in ("source", "select", "image", "aggregate", "load", "summary", "command"):
-        file = code / "pipeline" / f"{module}.py"
+    expected = {
+        "": [],
+        "stage/parquet.py": STAGES,
+        "select.py": AFTER_SELECT,
+        "encoder/tower.py": AFTER_ENCODE,
+        "aggregate.py": ["aggregate", "load"],
+        "load.py": ["load"],
+        "workflow/summary.py": [],
+        "stage/command.py": [],
+    }
+    for name in list(expected)[1:]:
+        file = code / "pipeline" / name
         text = file.read_text()
         file.write_text(text + "\n# an edit\n")
-        reran[module] = run_of(finished, code, "-n").rules
+        reran[name] = run_of(finished, code, "-n").rules
         file.write_text(text)
 
-    assert {
-        "": [],
-        "source": STAGES,
-        "select": AFTER_SELECT,
-        "image": AFTER_ENCODE,
-        "aggregate": ["aggregate", "load"],
-        "load": ["load"],
-        "summary": [],
-        "command": [],
-    } == reran
+    assert expected == reran
 
 
 def test_an_edited_listing_is_embedded_again(finished: Workspace) -> None:
@@ -376,8 +567,8 @@ def test_a_rest_of_another_database_is_not_loaded(finished: Workspace, server: P
 
 
 def test_another_number_of_shards_leaves_no_stale_file(finished: Workspace) -> None:
-    """When 1 shard becomes 3, select and encode hold those 3; nothing is encoded or written."""
-    rows = finished.database.vectors()
+    """When 1 shard becomes 3, select and encode hold those 3; the cache is used as before."""
+    finished.database.edit(1, LATER)
     finished.run(config={"shards": 3})
     shards = [f"{number}-of-3" for number in (1, 2, 3)]
 
@@ -385,8 +576,48 @@ def test_another_number_of_shards_leaves_no_stale_file(finished: Workspace) -> N
     assert sorted(f"{shard}.{kind}" for shard in shards for kind in ("json", "parquet")) == sorted(
         files(finished.results / "encode")
     )
-    assert rows == finished.database.vectors()
-    assert {"same file": 4, "missing": 2} == encoded(finished)
+    assert {"same file": 2} == encoded(finished)
+    assert [] == finished.run("-n", config={"shards": 2}).rules
+
+
+def test_a_split_is_kept_while_there_is_work(finished: Workspace) -> None:
+    """What select has split is encoded as it is, unless another number is asked for."""
+    new_listing(finished, 4)
+    finished.run("selected", "--set-scatter", "encode=3", config={"shards": "auto"})
+    planned = {
+        "auto": finished.run("-n", config={"shards": "auto"}),
+        "asked": finished.run("-n", "--set-scatter", "encode=2", config={"shards": "auto"}),
+        "cut off": finished.run("-n", "vectors", config={"shards": "auto"}),
+        "without": run_of(finished, REPOSITORY, "-n", "vectors", dsn="none"),
+        "asked without": run_of(
+            finished, REPOSITORY, "-n", "vectors", "--set-scatter", "encode=2", dsn="none"
+        ),
+    }
+    finished.run("vectors", config={"shards": "auto"})
+    done = run_of(finished, REPOSITORY, "-n", "vectors", "--set-scatter", "encode=2", dsn="none")
+
+    assert {
+        "auto": AFTER_ENCODE,
+        "asked": AFTER_SELECT,
+        "cut off": ["aggregate", "encode"],
+        "without": ["aggregate", "encode"],
+        "asked without": ["aggregate", "encode", "select"],
+    } == {what: run.rules for what, run in planned.items()}
+    assert [] == done.rules
+
+
+def test_a_job_of_its_own_process_has_the_split_of_the_run(finished: Workspace) -> None:
+    """As on a cluster: the process of a job gets the number and reads no database for it."""
+    finished.database.edit(1, LATER)
+    finished.run("selected", "--set-scatter", "encode=2", config={"shards": "auto"})
+    shard = "results/encode/2-of-2.parquet"
+    words = [shard, "--force", "--mode", "remote", "--set-scatter", "encode=2"]
+    job = run_of(finished, REPOSITORY, *words, dsn=NOBODY)
+
+    assert 0 == job.code, job.output
+    assert ["2-of-2.json", "2-of-2.parquet"] == sorted(
+        name for name in files(finished.results / "encode") if "of-2" in name
+    )
 
 
 def test_the_benchmark_touches_neither_table_nor_cache(finished: Workspace) -> None:
@@ -451,24 +682,82 @@ def test_a_limited_run_leaves_the_rest_to_the_next(finished: Workspace) -> None:
     assert [] == finished.run("-n", config={"limit_listings": 2}).rules
 
 
-def test_a_wrong_image_root_stops_before_the_load(finished: Workspace, tmp_path: Path) -> None:
-    """Too many failures: one line, nothing written; with the right root the run goes through."""
+def test_missing_files_hold_nobody_up(finished: Workspace) -> None:
+    """However many listings lack their files, the healthy ones are embedded, and those wait."""
+    new_listing(finished, 4)
+    finished.database.add_listing(5, [f"5/{index}.jpg" for index in range(9)])
+    finished.run()
+    waits = [receipt(finished)["waiting"]]
+    nothing = finished.run("-n").rules
+    finished.database.add_listing(6, ["6/0.jpg"])
+    finished.database.add_listing(7, ["7/0.jpg"])
+    finished.run()
+    waits.append(receipt(finished)["waiting"])
+    shutil.rmtree(finished.folder / "cache")
+    new_listing(finished, 8, 1)
+    finished.run()
+    waits.append(receipt(finished)["waiting"])
+
+    assert [1, 2, 4, 8] == [row[0] for row in listings(finished)]
+    assert [] == nothing
+    assert [2, 4, 4] == waits
+    assert [] == finished.run("-n").rules
+
+
+def test_a_wrong_image_root_stops_before_the_first_image(
+    finished: Workspace, tmp_path: Path
+) -> None:
+    """Photos of listings in the table are gone: one line, nothing is written, nobody waits."""
     new_listing(finished, 4)
     new_listing(finished, 5)
-    rows = finished.database.vectors()
-    (tmp_path / "empty").mkdir()
-    wrong = finished.snakemake(env={"IMAGE_ROOT_DIR": str(tmp_path / "empty")})
-    untouched = finished.database.vectors()
+    before = finished.database.vectors(), ledgers(finished)
+    wrong_root = tmp_path / "wrong"
+    shutil.copytree(finished.photos / "4", wrong_root / "4")  # some of the new ones are there
+    wrong = finished.snakemake(env={"IMAGE_ROOT_DIR": str(wrong_root)})
+    after = finished.database.vectors(), ledgers(finished)
     right = finished.run()
 
     assert (
-        "expected at most 50% of the images to fail (max_failed_fraction), found 4 of 4: 4 missing"
-        " (nothing was loaded); hint: check IMAGE_ROOT_DIR; results/encode/*.parquet has each"
-        " image's error"
+        "expected at most 50% of the listings that have a vector to have lost their photos"
+        f" (max_failed_fraction), found 2 of the 2 newest ({wrong_root}); hint: check"
+        " IMAGE_ROOT_DIR; if the photos were removed on purpose: --config max_failed_fraction=1"
     ) == error_of(wrong)
-    assert rows == untouched
-    assert STAGES == right.rules
-    assert [1, 2, 4, 5] == [row[0] for row in listings(finished)]
+    assert ["encode", "export", "select"] == wrong.rules
+    assert before == after
+    assert AFTER_ENCODE == right.rules
+    assert [(1, 2), (2, 2), (4, 2), (5, 2)] == [(row[0], row[2]) for row in listings(finished)]
+
+
+def test_a_first_run_with_a_wrong_image_root(fresh: Workspace, tmp_path: Path) -> None:
+    """Nothing is in the table yet and not one photo is there: one line, and nobody waits."""
+    new_listing(fresh, 2)
+    new_listing(fresh, 3)
+    (tmp_path / "empty").mkdir()
+    config = {"shards": 3}
+    wrong = fresh.snakemake(config=config, env={"IMAGE_ROOT_DIR": str(tmp_path / "empty")})
+    waits = ledgers(fresh)
+    right = fresh.run(config=config)
+
+    assert (
+        "expected one photo at least of the run under IMAGE_ROOT_DIR, found none of 6, of 3"
+        " listings (nothing waits, nothing is loaded); hint: check IMAGE_ROOT_DIR; if they are"
+        " all to come later: --config max_failed_fraction=1"
+    ) == error_of(wrong)
+    assert {} == waits
+    assert AFTER_ENCODE == right.rules
+    assert [(1, 2), (2, 2), (3, 2)] == [(row[0], row[2]) for row in listings(fresh)]
+
+
+def test_photos_removed_on_purpose_are_no_wrong_root(finished: Workspace) -> None:
+    """Where embedded listings lost their photos, max_failed_fraction=1 lets the others through."""
+    new_listing(finished, 4)
+    for listing in ("1", "2"):
+        shutil.rmtree(finished.photos / listing)
+    refused = finished.snakemake()
+    finished.run(config={"max_failed_fraction": 1})
+
+    assert "expected at most 50% of the listings that have a vector" in error_of(refused)
+    assert [1, 2, 4] == [row[0] for row in listings(finished)]
 
 
 def test_an_image_root_that_is_not_there_is_one_line(finished: Workspace) -> None:
@@ -537,7 +826,7 @@ def test_an_empty_database_is_nothing_to_do(fresh: Workspace) -> None:
     assert [] == everything.rules
     assert "Nothing is pending" in everything.output
     assert ["aggregate", "encode", "export", "select"] == vectors.rules
-    assert 7 == len(paths)
+    assert 8 == len(paths)
     assert 0 == parquet.rows(paths)
     assert [] == fresh.database.vectors()
 
@@ -626,11 +915,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "key of config": (
         {"config": {"topq": 3}},
-        "expected a known setting, found 'topq' (config.yaml); hint: did you mean topk?",
+        "expected a known setting, found 'topq' (--config); hint: did you mean topk?",
     ),
     "value": (
         {"config": {"topk": 0}},
-        "expected topk: greater than or equal to 1, found 0 (config.yaml); hint: topk is: images",
+        "expected topk: greater than or equal to 1, found 0 (--config); hint: topk is: images",
     ),
     "type": (
         {"config": {"force": "perhaps"}},
@@ -679,8 +968,9 @@ def test_check_says_what_is_right(fresh: Workspace) -> None:
     bad = fresh.python("-m", "pipeline", "check", "--config", config, env={"PG_DSN": NOBODY})
 
     assert 0 == good.code, good.output
-    assert ["settings", "database", "inputs", "target", "images", "model"] == re.findall(
-        r"^ok  (\w+):", good.output, re.M
-    )
-    assert error_of(bad).startswith("expected a connection to PG_DSN, found nothing that answers")
+    assert [
+        "settings", "database", "inputs", "target", "listings", "images", "photos", "model",
+    ] == re.findall(r"^ok  (\w+):", good.output, re.M)  # fmt: skip
+    assert 1 == bad.code
+    assert "\nerror: expected a connection to PG_DSN, found nothing that answers;" in bad.output
     assert not fresh.results.exists()

@@ -1,0 +1,1 @@
+"""The vector cache, by what it does."""

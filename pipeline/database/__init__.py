@@ -1,0 +1,1 @@
+"""Postgres: connections, what is pending, the target table and what waits. Knows no torch."""

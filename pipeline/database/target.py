@@ -1,0 +1,176 @@
+"""The pgvector table: its DDL, the check of its shape, and which of its rows a load replaces."""
+
+from importlib import resources
+
+from adbc_driver_manager.dbapi import Cursor
+
+from pipeline.database import registry
+from pipeline.database.catalog import columns, has_table
+from pipeline.database.connection import connect, fetch, quoted, run_script, translated_errors
+from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
+from pipeline.stage.settings import Environment, Identity, identifier
+
+MOST_DIMENSIONS = 16000  # of pgvector's type vector
+WIDEST_IN_ROW = 1900  # dimensions; a row that is not cut up must fit a page of 8 kB
+KEY = ("listing_id", "edited_date", *Identity._fields)
+# A row `v` of the target is of the key that `bind` made readable.
+OF_KEY = " AND ".join(
+    f"v.{name} = current_setting('listing_vectors.{name}')" for name in Identity._fields
+)
+_TYPES = {
+    "listing_id": "bigint",
+    "edited_date": "timestamp with time zone",
+    **dict.fromkeys(Identity._fields, "text"),
+    "n_images": "integer",
+    "updated_at": "timestamp with time zone",
+}
+_HINT = "python -m pipeline create-table makes one of the right shape (VECTORS_TABLE names it)"
+
+
+def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> None:
+    """Create in the database of PG_DSN what is missing; what is there stays as it is."""
+    with connect() as connection:
+        with connection.cursor() as cursor:
+            create(cursor, environment, dimension, inputs=inputs)
+        with translated_errors():
+            connection.commit()
+
+
+def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
+    """Create the target and its registry, and with `inputs` the three input tables for a trial.
+
+    DatabaseError: a target is there, and has another shape.
+    """
+    _require_extension(cursor)
+    _require_create(cursor, environment)
+    there = has_table(cursor, environment.vectors)
+    names = _names(environment) | {"dimension": str(dimension), "storage": storage(dimension)}
+    for script, wanted in {"target.sql": not there, "inputs.sql": inputs}.items():
+        if wanted:
+            run_script(cursor, script, names)
+    registry.create(cursor, environment)
+    check(cursor, environment, dimension)
+
+
+def _require_extension(cursor: Cursor) -> None:
+    """Pgvector is in this database, from now on if it was not; else DatabaseError says who can."""
+    if fetch(cursor, "SELECT 1 FROM pg_extension WHERE extname = 'vector'"):
+        return
+    where, hint = "", "install the server's package, such as postgresql-17-pgvector"
+    if fetch(cursor, "SELECT 1 FROM pg_available_extensions WHERE name = 'vector'"):
+        where = "this role may not create it"
+        hint = "as a superuser, in this database: CREATE EXTENSION vector; then create-table again"
+        try:
+            with translated_errors():
+                cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            return
+        except DatabaseUnreachable:
+            raise
+        except DatabaseError:
+            pass  # the server's words name neither database nor remedy
+    raise DatabaseError("the pgvector extension", "none in this database", where, hint)
+
+
+def _require_create(cursor: Cursor, environment: Environment) -> None:
+    """This role may create tables in the target's schema, or the schema itself."""
+    schema = environment.vectors[0]
+    allowed = fetch(
+        cursor,
+        "SELECT coalesce((SELECT has_schema_privilege(oid, 'CREATE') FROM pg_namespace"
+        " WHERE nspname = $1), has_database_privilege(current_database(), 'CREATE'))",
+        (schema,),
+    )
+    if not allowed[0][0]:
+        raise DatabaseError(
+            f'a role that may create tables in schema "{schema}"',
+            "one that may not",
+            "",
+            "run create-table once as the schema's owner, then grant with role-sql",
+        )
+
+
+def storage(dimension: int) -> str:
+    """How Postgres is to store vectors: in their rows (PLAIN), or beside them if too long."""
+    return "PLAIN" if dimension <= WIDEST_IN_ROW else "EXTERNAL"
+
+
+def role_sql(environment: Environment, role: str) -> str:
+    """The statements that make a role with the rights that the job needs, and no others."""
+    text = resources.files("pipeline.database").joinpath("role.sql").read_text()
+    return text.format(role=identifier("--role", role), **_names(environment))
+
+
+def _names(environment: Environment) -> dict[str, str]:
+    """What the SQL files call the tables, quoted."""
+    names = {
+        "schema": f'"{environment.vectors[0]}"',
+        "vectors": quoted(environment.vectors),
+        "registry": quoted(environment.registry),
+        "features_index": f'"{environment.features[1][:59]}_key"',
+    }
+    for role in ("listings", "images", "features"):
+        name: tuple[str, str] = getattr(environment, role)
+        names |= {role: quoted(name), f"{role}_schema": f'"{name[0]}"'}
+    schemas = [names[f"{role}_schema"] for role in ("listings", "images", "features")]
+    return names | {"schemas": ", ".join(dict.fromkeys([*schemas, names["schema"]]))}
+
+
+def check(cursor: Cursor, environment: Environment, dimension: int | None) -> None:
+    """The target has the key, the columns and the vector dimension; else DatabaseError.
+
+    `dimension` is the model's; None where it is not known before the model is loaded.
+    """
+    where = quoted(environment.vectors)
+    if not fetch(cursor, "SELECT 1 FROM pg_extension WHERE extname = 'vector'"):
+        raise DatabaseError(
+            "the pgvector extension", "none in this database", "", "CREATE EXTENSION vector"
+        )
+    found = columns(cursor, environment.vectors)
+    if not found:
+        raise DatabaseError(f"the target table {where}", "no such table", "", _HINT)
+    for column, kind in _TYPES.items():
+        if found.get(column) != kind:
+            raise DatabaseError(
+                f"column {column} {kind}", found.get(column, "no such column"), where, _HINT
+            )
+    _check_dimension(found.get("vec", "no such column"), dimension, where)
+    _check_key(cursor, environment, where)
+
+
+def _check_dimension(kind: str, dimension: int | None, where: str) -> None:
+    plain = kind.split(".")[-1]  # the extension may live in a schema off the search path
+    if not plain.startswith("vector(") or (dimension and plain != f"vector({dimension})"):
+        wanted = f"vector({dimension})" if dimension else "vector(N)"
+        raise DatabaseError(
+            f"column vec {wanted}, the model's dimension",
+            kind,
+            where,
+            "choose a model of that dimension, or another VECTORS_TABLE for this one",
+        )
+
+
+def _check_key(cursor: Cursor, environment: Environment, where: str) -> None:
+    keys = fetch(
+        cursor,
+        "SELECT array_to_string(ARRAY(SELECT attname::text FROM pg_attribute a"
+        "  WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey) ORDER BY attname), ' ')"
+        " FROM pg_index i WHERE i.indrelid = to_regclass($1) AND i.indisunique"
+        " AND i.indpred IS NULL AND i.indexprs IS NULL",
+        (where,),
+    )
+    if (" ".join(sorted(KEY)),) not in keys:
+        raise DatabaseError(
+            f"a primary key ({', '.join(KEY)})",
+            "; ".join(key[0] for key in keys) or "no unique key",
+            where,
+            _HINT,
+        )
+
+
+def rest_sql(environment: Environment, replaced: str) -> str:
+    """How many rows of the bound key have no counterpart in the relation `replaced`."""
+    return (
+        f"SELECT count(*) FROM {quoted(environment.vectors)} v"
+        f" WHERE {OF_KEY} AND NOT EXISTS (SELECT FROM {replaced} r"
+        " WHERE r.listing_id = v.listing_id AND r.edited_date = v.edited_date)"
+    )

@@ -1,0 +1,1 @@
+"""Photos: from a storage_path to bytes, from bytes to pixels."""

@@ -1,0 +1,235 @@
+"""The Parquet files between the stages: their schemas, whole-or-not-at-all writes, metadata.
+
+Every file carries one JSON document under the key `listing_vectors` that says which state of
+the database, settings and encoder made it.
+"""
+
+import fcntl
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.stage import lifetime
+from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Identity
+
+KEY = b"listing_vectors"
+ROW_GROUP = 64_000
+VECTOR_ROW_GROUP = 4_096
+
+_LISTING = [
+    pa.field("generation", pa.int32()),
+    pa.field("listing_id", pa.int64()),
+    pa.field("edited_date", pa.timestamp("us", tz="UTC")),
+]
+LISTINGS = pa.schema(_LISTING)
+CANDIDATES = pa.schema(
+    [
+        *_LISTING,
+        pa.field("image_index", pa.int32()),
+        pa.field("storage_path", pa.string()),
+        pa.field("score", pa.int32()),
+        pa.field("is_stock_photo", pa.bool_()),
+        pa.field("battery_screenshot", pa.bool_()),
+    ]
+)
+SELECTED = pa.schema(
+    [
+        *_LISTING,
+        pa.field("image_index", pa.int32()),
+        pa.field("storage_path", pa.string()),
+        pa.field("score", pa.int32()),
+        pa.field("rank", pa.int8()),
+        pa.field("fallback", pa.bool_()),
+    ]
+)
+
+# Listings that have no vector, and each file that was tried. `size` and `mtime_ns` are null where
+# there was none; `candidates` is the hash of the candidate rows.
+WITHOUT_VECTOR = pa.schema(
+    [
+        *_LISTING,
+        pa.field("candidates", pa.string()),
+        pa.field(
+            "files",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("storage_path", pa.string()),
+                        pa.field("size", pa.int64()),
+                        pa.field("mtime_ns", pa.int64()),
+                        pa.field("error", pa.string()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def encoded(dim: int) -> pa.Schema:
+    """Selected images with their vector, or null and the error.
+
+    `size` (bytes) and `mtime_ns` are those of the file that was read; null where there was none.
+    """
+    return pa.schema(
+        [
+            *SELECTED,
+            pa.field("size", pa.int64()),
+            pa.field("mtime_ns", pa.int64()),
+            pa.field("vec", pa.list_(pa.float32(), dim)),
+            pa.field("error", pa.string()),
+        ]
+    )
+
+
+def listing_vectors(dim: int) -> pa.Schema:
+    """One row per listing: its key in the target table, the unit vector, how many images."""
+    return pa.schema(
+        [
+            *_LISTING,
+            *(pa.field(name, pa.string()) for name in Identity._fields),
+            pa.field("vec", pa.list_(pa.float32(), dim)),
+            pa.field("n_images", pa.int32()),
+        ]
+    )
+
+
+def dimension(schema: pa.Schema) -> int:
+    """The length of the vectors in a schema's `vec` column."""
+    return int(schema.field("vec").type.list_size)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends without an error.
+
+    An OSError that names no file gets this one's name. What killed writers of `path` have left
+    is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        with lifetime.unfinished(temporary), _held(temporary) as descriptor:
+            try:
+                yield temporary
+                os.fsync(descriptor)
+                lifetime.check()
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[int]:
+    """Create a temporary file and hold its lock: the sign that its writer lives."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # a file system without locks: then nothing is removed either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not temporary.exists():  # taken for abandoned between the two lines above
+                continue
+            yield descriptor
+            return
+        finally:
+            os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove the temporary files that no living process holds; safe beside running writers."""
+    for path in folder.glob(pattern):
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextmanager
+def writer(path: Path, schema: pa.Schema, metadata: dict[str, Any]) -> Iterator[pq.ParquetWriter]:
+    """A Parquet writer whose file appears under its name only when it is whole."""
+    strings = [f.name for f in schema if pa.types.is_string(f.type)]
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            schema.with_metadata({KEY: json.dumps(metadata, sort_keys=True).encode()}),
+            compression={f.name: "none" if f.name == "vec" else "zstd" for f in schema},
+            use_dictionary=strings,
+        ) as parquet,
+    ):
+        yield parquet
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The JSON document that the writing stage left in the file."""
+    document = (pq.read_schema(path).metadata or {}).get(KEY)
+    if document is None:
+        raise DataError(
+            "a Parquet file of this pipeline", "no metadata", str(path), "run its stage again"
+        )
+    return dict(json.loads(document))
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON document, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def batches(path: Path, rows: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Record batches of at most `rows` rows in file order, all columns unless some are named.
+
+    With pyarrow's own default, pre_buffer, all that was read stays in memory until the end. One
+    thread, the caller's: in files of vectors nearly all of the work is in one column.
+    """
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)
+
+
+def clustered_batches(path: Path, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
+    """Tables of about `rows` rows in file order that never split a listing.
+
+    The file must keep the rows of one (generation, listing_id, edited_date) together, as all
+    files of this pipeline do. Memory does not grow with the file.
+    """
+    carry: list[pa.Table] = []
+    for batch in batches(path, rows):
+        table = pa.Table.from_batches([batch])
+        start = last_listing_start(table)
+        if start == 0:
+            carry.append(table)
+            continue
+        yield pa.concat_tables([*carry, table.slice(0, start)])
+        carry = [table.slice(start)]
+    if carry:
+        yield pa.concat_tables(carry)
+
+
+def last_listing_start(table: pa.Table) -> int:
+    """The row at which the last listing of a clustered table begins; 0 in an empty one."""
+    if table.num_rows == 0:
+        return 0
+    same = None
+    for name in ("generation", "listing_id", "edited_date"):
+        equal = pc.equal(table[name], table[name][-1])
+        same = equal if same is None else pc.and_(same, equal)
+    differing = pc.indices_nonzero(pc.invert(pc.fill_null(same, False)))
+    return int(differing[-1].as_py()) + 1 if len(differing) else 0
+
+
+def rows(paths: Iterable[Path]) -> int:
+    """The number of rows in the files together, from their footers."""
+    return sum(pq.read_metadata(path).num_rows for path in paths)

@@ -1,0 +1,1 @@
+"""What a run is: what the Snakefile and the commands ask. Nothing below knows it."""
