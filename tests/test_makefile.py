@@ -23,9 +23,15 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def would_do(folder: Path) -> list[str]:
-    """The commands that `make setup` would run in a folder."""
+    """What `make setup` would run in a folder when typed by hand, not below `make test`."""
+    typed = {name: value for name, value in os.environ.items() if "MAKE" not in name}
     done = subprocess.run(
-        ["make", "-n", "setup"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+        ["make", "-n", "setup"],
+        cwd=folder,
+        env=typed,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return [line for line in done.stdout.splitlines() if not line.startswith("make: ")]
 

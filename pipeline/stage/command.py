@@ -47,6 +47,8 @@ def run(main: Callable[[], None], stage: str) -> None:
     except Exception as error:
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()), exc_info=True)
         _leave()
+    finally:
+        lifetime.ignore_signals()  # it is leaving: one that comes now would end in a traceback
 
 
 def _end(line: str) -> NoReturn:

@@ -93,9 +93,14 @@ def check() -> None:
         _leave(1)
 
 
+def ignore_signals() -> None:
+    """Let nothing disturb the cleaning up."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def _unwind(signum: int, frame: FrameType | None) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # once is enough: nothing must disturb the cleaning up
+    ignore_signals()  # once is enough
     raise SystemExit(128 + signum)
 
 
