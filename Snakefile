@@ -17,7 +17,7 @@ sys.path.insert(0, workflow.basedir)
 from pipeline.stage.lifetime import end_stages_on_signals
 from pipeline.stage.settings import PHOTO_LIMITS, Identity
 from pipeline.workflow.code import code
-from pipeline.workflow.ending import end_with_the_error
+from pipeline.workflow.hooks import Hooks
 from pipeline.workflow.plan import Workflow, config_file, lock_folder, run_this_checkout
 
 min_version("9.11")
@@ -33,6 +33,7 @@ if found:
 flow = Workflow(config, workflow.configfiles, workflow.config_settings.config)
 settings = flow.settings
 KEY = Identity._fields
+this_run = Hooks(flow, workflow)
 
 
 envvars:
@@ -55,11 +56,11 @@ onstart:
 
 
 onsuccess:
-    shell("python -m pipeline summary")
+    this_run.succeeded()
 
 
 onerror:
-    end_with_the_error()
+    this_run.failed()
 
 
 rule all:

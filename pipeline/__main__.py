@@ -17,7 +17,7 @@ from pipeline.encoder.model import model_of
 from pipeline.stage import command, settings
 from pipeline.stage.errors import SettingsError
 from pipeline.stage.settings import Environment, Settings
-from pipeline.workflow import preflight, retire, run, summary
+from pipeline.workflow import preflight, retire, run, status, summary, why
 
 
 def main() -> None:
@@ -26,6 +26,8 @@ def main() -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add(commands, "run", run.add_flags, run.main)
     _add(commands, "check", _add_config, check)
+    _add(commands, "status", _and_config(status.add_flags), status.main)
+    _add(commands, "why", _and_config(why.add_flags), why.main)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "role-sql", _add_role, print_role_sql)
     _add(commands, "retire", retire.add_flags, retire.main)
@@ -38,6 +40,8 @@ def main() -> None:
 _HELP = {
     "run": "run the whole job: prints the equal snakemake command and runs it",
     "check": "check settings, database, tables, model, weights and image root, in seconds",
+    "status": "count the listings: left out, with a vector, pending, waiting; and the next run",
+    "why": "tell one listing's way from its rows to its vector",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
     "role-sql": "print the SQL of a role that can run the job and nothing else",
     "retire": "delete vectors of gone listings, of earlier edits or of a key, as their owner",
@@ -67,6 +71,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", nargs="*", default=[], metavar="KEY=VALUE", help="as for snakemake --config"
     )
+
+
+def _and_config(
+    add_flags: Callable[[argparse.ArgumentParser], None],
+) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        add_flags(parser)
+        _add_config(parser)
+
+    return add
 
 
 def check(args: argparse.Namespace) -> None:
@@ -144,7 +158,7 @@ def show_or_prune_cache(args: argparse.Namespace) -> None:
             f" weights {str(made_by.get('weights', '?'))[:24]}, {made_by.get('precision')},"
             f" {made_by.get('decode')}"
         )
-    print(summary.hit_rate(summary.RESULTS))
+    print(summary.hit_rate())
 
 
 if __name__ == "__main__":

@@ -253,6 +253,7 @@ class Stats:
     how: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    rate: float | None = None  # images encoded a second, once the encoder was at work
 
     def add(self, photo: Photo) -> None:
         self.images += 1
@@ -271,6 +272,7 @@ class Stats:
             },
             "failed": dict(sorted(self.failed.items())),
             "seconds": round(self.seconds, 3),
+            "images_per_second": self.rate and round(self.rate, 3),
         }
 
     def __str__(self) -> str:
@@ -314,6 +316,7 @@ def _write(selected: Path, encoded: Path, made_by: dict[str, Any], line: "Line")
         while chunk := list(_counted(islice(done, CHUNK_ROWS), stats, progress)):
             table = _with_outcomes(sent.popleft(), chunk, dim)
             writer.write_table(table, row_group_size=CHUNK_ROWS)
+    stats.rate = progress.rate
     return stats
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 from adbc_driver_manager.dbapi import Connection, Cursor
 
-from pipeline.database import waiting
+from pipeline.database import census, waiting
 from pipeline.database.connection import connect, fetch, quoted, retrying, translated_errors
 from pipeline.database.inputs import check_inputs
-from pipeline.database.pending import prepare
+from pipeline.database.pending import Pending, prepare
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
@@ -61,7 +61,7 @@ def export(
             files = waiting.Files(chosen, environment.image_root)
             left_out = waiting.left_out(files, chosen, chosen.identity)
             pending = prepare(cursor, environment, chosen, left_out)
-            _log_census(cursor, pending.census)
+            _log_left_out(cursor, pending)
             witnesses = [paths for *_, paths in fetch(cursor, pending.witnesses)]
         n_listings = _write(
             connection, pending.listings, listings, parquet.LISTINGS, {"export": params}
@@ -72,19 +72,15 @@ def export(
     return {"listings": n_listings, "images": n_images}
 
 
-def _log_census(cursor: Cursor, sql: str) -> None:
-    total, spam, undated, no_url, unusable, superseded = fetch(cursor, sql)[0]
-    log.info(
-        "%d listing rows; left out: %d spam, %d without edited_date, %d without url",
-        total, spam, undated, no_url,
-    )  # fmt: skip
-    if unusable:
-        log.warning("%d listings refused: edited_date is infinite or beyond year 9999", unusable)
-    if superseded:
-        log.warning(
-            "%d listings have several generations with one edited_date: the highest wins",
-            superseded,
-        )
+def _log_left_out(cursor: Cursor, pending: Pending) -> None:
+    counted = census.take(cursor, pending)
+    left_out = {reason: count for reason, count in counted.left_out.items() if count}
+    named = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+    log.info("%d listing rows; left out: %s", counted.listings, named)
+    if left_out.get("bad_date"):
+        log.warning("bad_date: edited_date is infinite or beyond year 9999; refused")
+    if left_out.get("other_generation"):
+        log.warning("other_generation: of rows with one edited_date the highest generation wins")
 
 
 def _write(

@@ -29,6 +29,7 @@ from pipeline.database.connection import (
     set_lock_timeout,
     translated_errors,
 )
+from pipeline.database.key import KEY, rest_sql
 from pipeline.database.registry import MadeBy
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.errors import DataError
@@ -40,7 +41,7 @@ BATCH_ROWS = parquet.VECTOR_ROW_GROUP  # 8 MB of 512-d vectors
 MESSAGE_ROWS = 32  # 64 KB of 512-d vectors: small, so the server works while the next is made
 STAGING = "listing_vectors_staging"
 
-_KEY = ", ".join(target.KEY)
+_KEY = ", ".join(KEY)
 
 # Rows go in in key order, so that two loads of the same listings lock them in the same order.
 _MERGE_SQL = f"""
@@ -116,7 +117,7 @@ def _load_once(
         if replaced is not None:
             with connection.cursor() as cursor:
                 bind(cursor, identity._asdict())
-                rest = fetch(cursor, target.rest_sql(environment, f"pg_temp.{STAGING}"))[0][0]
+                rest = fetch(cursor, rest_sql(environment, f"pg_temp.{STAGING}"))[0][0]
             registry.refuse_a_rest(rest, replaced, made_by, environment, identity)
         with translated_errors():
             connection.commit()

@@ -20,7 +20,7 @@ from test_reliability import market, shard
 from test_reliability import photos as many_photos
 
 from pipeline.stage import command
-from pipeline.workflow import ending
+from pipeline.workflow import hooks
 
 WIDTH = 100
 
@@ -258,11 +258,11 @@ def test_the_first_error_of_this_run_is_the_last_line(tmp_path: Path) -> None:
     stopped.mkdir()
     (stopped / "load.log").write_text("12:00:00 load: stopped by SIGTERM\n")
 
-    assert "error in encode: the first" == ending.last_line(logs, 1)
-    assert ending.last_line(stopped, 0) == (
+    assert "error in encode: the first" == hooks.last_line(logs, 1)
+    assert hooks.last_line(stopped, 0) == (
         "error in load: stopped by SIGTERM; run it again: nothing that was encoded is lost"
     )
-    assert ending.last_line(tmp_path / "none", 0).startswith("error: a job ended without a word")
+    assert hooks.last_line(tmp_path / "none", 0).startswith("error: a job ended without a word")
 
 
 # --- faults of the program

@@ -481,6 +481,9 @@ def test_an_edit_to_a_stage_reruns_it(finished: Workspace, tmp_path: Path) -> No
         "encoder/tower.py": AFTER_ENCODE,
         "aggregate.py": ["aggregate", "load"],
         "load.py": ["load"],
+        "encoder/model.py": AFTER_ENCODE,
+        "database/registry.py": ["load"],
+        "database/census.py": [],
         "workflow/summary.py": [],
         "stage/command.py": [],
     }

@@ -195,6 +195,16 @@ def fetch(
         return list(cursor.fetchall())
 
 
+def described(cursor: Cursor) -> str:
+    """Which database this is, as the server says: nothing of PG_DSN."""
+    name, where = fetch(
+        cursor,
+        "SELECT current_database()::text,"
+        " coalesce(host(inet_server_addr()) || ':' || inet_server_port(), 'a local socket')",
+    )[0]
+    return f"{name} at {where}"
+
+
 def bind(cursor: Cursor, values: Mapping[str, object]) -> None:
     """Make values readable in SQL as current_setting('listing_vectors.<name>').
 

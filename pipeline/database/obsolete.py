@@ -12,7 +12,6 @@ from typing import Any
 
 from adbc_driver_manager.dbapi import Connection, Cursor
 
-from pipeline.database import target
 from pipeline.database.connection import (
     connect,
     fetch,
@@ -20,6 +19,7 @@ from pipeline.database.connection import (
     set_lock_timeout,
     translated_errors,
 )
+from pipeline.database.key import KEY
 from pipeline.stage.errors import DatabaseError
 from pipeline.stage.settings import Environment
 
@@ -55,7 +55,7 @@ def superseded(environment: Environment, keep: int = 1) -> str:
 
 def keys_sql(environment: Environment, conditions: Iterable[str]) -> str:
     """The rows of the target that meet any of the conditions, by their key; dates as text."""
-    names = ", ".join("edited_date::text" if n == "edited_date" else n for n in target.KEY)
+    names = ", ".join("edited_date::text" if n == "edited_date" else n for n in KEY)
     return " UNION ".join(
         f"SELECT {names} FROM {quoted(environment.vectors)} v WHERE {condition}"
         for condition in conditions
@@ -115,7 +115,7 @@ def delete(environment: Environment, batch: list[Row], lock_timeout_s: int) -> i
     with connect() as connection:
         with connection.cursor() as cursor:
             set_lock_timeout(cursor, lock_timeout_s)
-            same = " AND ".join(f"v.{name} = d.{name}" for name in target.KEY)
+            same = " AND ".join(f"v.{name} = d.{name}" for name in KEY)
             deleted = fetch(
                 cursor,
                 f"WITH deleted AS (DELETE FROM {quoted(environment.vectors)} v"

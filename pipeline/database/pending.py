@@ -6,6 +6,7 @@ The SQL names tables only; every value reaches it through `bind`.
 import json
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,7 +14,7 @@ from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import bind, fetch, quoted, set_lock_timeout
-from pipeline.database.target import OF_KEY, rest_sql
+from pipeline.database.key import OF_KEY, rest_sql
 from pipeline.database.waiting import CANDIDATES_SQL, NOBODY, LeftOut
 from pipeline.stage.settings import Environment, Settings
 
@@ -23,11 +24,29 @@ _FIRST, _LAST = "0001-01-01 00:00:00+00", "9999-12-31 23:59:59.999999+00"
 WITNESSES = 100  # listings by whose photos a wrong image root is known
 WITNESS_PHOTOS = 5  # of each
 
-_IS_ELIGIBLE = f"""
-          l.edited_date::timestamptz BETWEEN '{_FIRST}' AND '{_LAST}'
-      AND l.url IS NOT NULL AND l.spam IS NULL
-      AND EXISTS (SELECT FROM {{images}} i WHERE i.generation = l.generation
-                  AND i.listing_id = l.listing_id AND i.image_index IS NOT NULL)"""
+SAMPLE = 2000  # listings by which the cache is asked what a run would find there
+
+# What an eligible row `l` of the listings table is, by the name of why another is left out. The
+# first that a row fails is its reason.
+RULES = {
+    "spam": "l.spam IS NULL",
+    "no_edited_date": "l.edited_date IS NOT NULL",
+    "no_url": "l.url IS NOT NULL",
+    "no_generation": "l.generation IS NOT NULL",
+    "bad_date": f"l.edited_date::timestamptz BETWEEN '{_FIRST}' AND '{_LAST}'",
+    "no_images": """EXISTS (SELECT FROM {images} i WHERE i.generation = l.generation
+        AND i.listing_id = l.listing_id AND i.image_index IS NOT NULL)""",
+}
+OTHER_GENERATION = "other_generation"  # eligible, but of one edit the highest generation wins
+
+_IS_ELIGIBLE = " AND ".join(RULES.values())
+_REASONS = " ".join(f"WHEN NOT {rule} THEN '{reason}'" for reason, rule in RULES.items())
+
+# Why each row is left out, NULL where it is not; more than one may be left of an edit.
+JUDGED = f"""
+    SELECT l.generation, l.listing_id, l.edited_date::timestamptz AS edited_date, l.url, l.spam,
+           CASE {_REASONS} END AS left_out
+    FROM {{listings}} l"""
 
 _ELIGIBLE = f"""
     SELECT DISTINCT ON (l.edited_date::timestamptz, l.listing_id)
@@ -58,23 +77,79 @@ def _bound(table: str, **columns: str) -> str:
 
 
 _KEYS = {"generation": "int", "listing_id": "bigint", "microseconds": "bigint"}
+_KEY = f"generation, listing_id, {_EDITED} AS edited_date"
 
 # Listings whose files were missing or broken, and still are; see pipeline/database/waiting.py.
+# `changed` were, and are so no longer.
 # Set operations hash or sort: with joins, a wrong estimate means to compare each with each.
 _WAITING = f"""
     looked_at AS MATERIALIZED (
-        SELECT generation, listing_id, {_EDITED} AS edited_date, candidates
-        FROM {_bound("looked_at", **_KEYS, candidates="text")}),
+        SELECT {_KEY}, candidates FROM {_bound("looked_at", **_KEYS, candidates="text")}),
     unchanged AS MATERIALIZED (
         SELECT generation, listing_id, edited_date, {CANDIDATES_SQL} AS candidates
         FROM ({{candidates_of_waiting}}) c GROUP BY generation, listing_id, edited_date),
     waiting AS MATERIALIZED (
-        SELECT generation, listing_id, {_EDITED} AS edited_date FROM {_bound("unseen", **_KEYS)}
+        SELECT {_KEY} FROM {_bound("unseen", **_KEYS)}
         UNION ALL
         SELECT generation, listing_id, edited_date
-        FROM (TABLE looked_at INTERSECT TABLE unchanged) same),"""
+        FROM (TABLE looked_at INTERSECT TABLE unchanged) same),
+    changed AS MATERIALIZED (
+        SELECT {_KEY} FROM {_bound("changed", **_KEYS)}
+        UNION ALL
+        (SELECT generation, listing_id, edited_date FROM looked_at EXCEPT TABLE waiting)),"""
 
-_NOT_WAITING = "EXCEPT TABLE waiting"
+_NOBODY_WAITS = """
+    waiting AS (SELECT 0 AS generation, 0::bigint AS listing_id, now() AS edited_date LIMIT 0),
+    changed AS (TABLE waiting),"""
+
+_NEWEST = "ORDER BY edited_date DESC, listing_id"
+
+# What is pending, in figures; those that waited are told apart before those that were edited.
+_DIGEST = f"""
+    due AS MATERIALIZED ({{due}}),
+    pending AS MATERIALIZED (SELECT * FROM due {_NEWEST} LIMIT {{limit}}),
+    of_listings AS (
+        SELECT count(*) AS images, sum(hashtextextended(c::text, 0)) AS hash,
+               count(*) FILTER (WHERE NOT (
+                   (is_stock_photo AND current_setting('listing_vectors.exclude_stock')::bool) OR
+                   (battery_screenshot
+                    AND current_setting('listing_vectors.exclude_screenshots')::bool))) AS kept
+        FROM ({{candidates}}) c GROUP BY generation, listing_id, edited_date),
+    of_images AS (
+        SELECT coalesce(sum(images), 0)::bigint AS images, coalesce(sum(hash), 0)::text AS hash,
+               coalesce(sum(least(CASE kept WHEN 0 THEN images ELSE kept END,
+                   current_setting('listing_vectors.topk')::bigint)), 0)::bigint AS photos
+        FROM of_listings),
+    known AS (
+        SELECT EXISTS (SELECT FROM {{vectors}} v
+                   WHERE v.listing_id = p.listing_id AND {OF_KEY}) AS listing,
+               EXISTS (SELECT FROM {{vectors}} v WHERE v.listing_id = p.listing_id
+                   AND v.edited_date = p.edited_date AND {OF_KEY}) AS edit
+        FROM (TABLE pending EXCEPT TABLE changed) p)
+    SELECT (SELECT count(*) FROM pending), images,
+           (SELECT coalesce(sum(hashtextextended(p::text, 0)), 0) FROM pending p)::text, hash,
+           photos, (SELECT count(*) FROM due),
+           (SELECT count(*) FROM (TABLE pending INTERSECT TABLE changed) again),
+           (SELECT count(*) FROM known WHERE edit),
+           (SELECT count(*) FROM known WHERE listing AND NOT edit)
+    FROM of_images"""
+
+_STANDING = """
+    eligible AS MATERIALIZED ({eligible}),
+    unfinished AS MATERIALIZED (SELECT * FROM eligible l WHERE true {done})
+    SELECT 'eligible', count(*) FROM eligible
+    UNION ALL SELECT 'unfinished', count(*) FROM unfinished"""
+
+_WAITING_BY_REASON = f"""
+    UNION ALL SELECT * FROM (
+        WITH reasons AS MATERIALIZED (
+            SELECT {_KEY}, reason FROM {_bound("looked_at", **_KEYS, reason="text")}
+            UNION ALL SELECT {_KEY}, reason FROM {_bound("unseen", **_KEYS, reason="text")})
+        SELECT reason, (SELECT count(*) FROM (
+            TABLE unfinished INTERSECT TABLE waiting
+            INTERSECT SELECT generation, listing_id, edited_date FROM reasons r
+                      WHERE r.reason = named.reason) w)
+        FROM (SELECT DISTINCT reason FROM reasons) named) by_reason"""
 
 # Listings that had photos once, for they have a vector, be it under another key.
 _WITNESSES = f"""
@@ -119,9 +194,23 @@ _WITH_FEATURES = """
     WHERE i.image_index IS NOT NULL
     GROUP BY 1, 2, 3, 4, 5"""
 
-_ORDER = """
+ORDER = """
     ORDER BY edited_date DESC, listing_id, generation, image_index,
              i.storage_path::text COLLATE "C" """
+
+
+class Digest(NamedTuple):
+    """What is pending, in figures. Equal sums: the same rows."""
+
+    listings: int  # that the next run takes
+    images: int  # their candidates
+    listings_sum: str
+    images_sum: str
+    photos: int  # of the candidates, as many as will be selected
+    due: int  # pending listings, those beyond the limit too
+    changed: int  # of `listings`: waited, and a file or row of theirs has changed
+    forced: int  # of `listings`: have a vector of this very edit
+    edited: int  # of `listings`: have one of another edit
 
 
 @dataclass(frozen=True)
@@ -130,8 +219,10 @@ class Pending:
 
     listings: str
     candidates: str
-    digest: str
-    census: str
+    sample: str  # candidates of SAMPLE pending listings at most
+    digest: str  # a Digest
+    judged: str  # (reason, rows left out), and (None, eligible rows)
+    standing: str  # ('eligible', n), ('unfinished', n without a vector), (reason, n that wait) ...
     rest: str  # how many rows of the key are of no pending listing
     witnesses: str
 
@@ -165,37 +256,56 @@ def prepare(
         cursor,
         {
             "limit": chosen.limit_listings,
+            "topk": chosen.topk,
+            "exclude_stock": chosen.exclude_stock,
+            "exclude_screenshots": chosen.exclude_screenshots,
             **chosen.identity._asdict(),
             "feature_version": environment.feature_version,
             **(_arrays(waiting) if skip_waiting else {}),
         },
     )
     set_lock_timeout(cursor, chosen.lock_timeout_s)
-    names = {t: quoted(getattr(environment, t)) for t in ("listings", "images", "vectors")}
-    names["features"] = quoted(environment.features)
-    candidates = _WITH_FEATURES if has_table(cursor, environment.features) else _NO_FEATURES
-    for relation, name in (("looked_at", "waiting"), ("witnesses", "witnesses")):
-        names[f"candidates_of_{name}"] = candidates.format(relation=relation, **names)
+    names = table_names(environment)
+    candidates = candidates_sql(cursor, environment)
+    names["candidates_of_waiting"] = candidates.format(relation="looked_at", **names)
+    names["candidates_of_witnesses"] = candidates.format(relation="witnesses", **names)
     names["not_done"] = "" if chosen.force else _NOT_DONE.format(**names)
+    names["limit"] = "current_setting('listing_vectors.limit')::bigint"
+    waits = (_WAITING if skip_waiting else _NOBODY_WAITS).format(**names)
+    due = f"SELECT * FROM ({_ELIGIBLE.format(**names)}) e"
+    if skip_waiting:
+        due += " EXCEPT TABLE waiting"
     pending = (
-        f"WITH {_WAITING if skip_waiting else ''} pending AS MATERIALIZED ("
-        f"SELECT * FROM (SELECT * FROM ({_ELIGIBLE}) e {_NOT_WAITING if skip_waiting else ''}) p"
-        " ORDER BY edited_date DESC, listing_id"
-        " LIMIT current_setting('listing_vectors.limit')::bigint)"
-    ).format(**names)
-    candidates = candidates.format(relation="pending", **names)
+        f"WITH {waits} pending AS MATERIALIZED"
+        f" (SELECT * FROM ({due}) p {_NEWEST} LIMIT {names['limit']})"
+    )
+    of_pending = candidates.format(relation="pending", **names)
+    of_sample = candidates.format(relation="sample", **names)
+    standing = _STANDING.format(
+        eligible=_ELIGIBLE.format(**{**names, "not_done": ""}), done=_NOT_DONE.format(**names)
+    )
     return Pending(
-        listings=f"{pending} SELECT * FROM pending ORDER BY edited_date DESC, listing_id",
-        candidates=f"{pending} {candidates} {_ORDER}",
-        digest=f"""{pending}
-            SELECT (SELECT count(*) FROM pending), count(*),
-                   (SELECT coalesce(sum(hashtextextended(p::text, 0)), 0) FROM pending p)::text,
-                   coalesce(sum(hashtextextended(c::text, 0)), 0)::text
-            FROM ({candidates}) c""",
-        census=_census(names),
+        listings=f"{pending} SELECT * FROM pending {_NEWEST}",
+        candidates=f"{pending} {of_pending} {ORDER}",
+        sample=f"{pending}, sample AS MATERIALIZED (SELECT * FROM pending"
+        f" ORDER BY hashint8(listing_id), edited_date LIMIT {SAMPLE}) {of_sample} {ORDER}",
+        digest=f"WITH {waits} {_DIGEST.format(due=due, candidates=of_pending, **names)}",
+        judged=f"SELECT left_out, count(*) FROM ({JUDGED.format(**names)}) j GROUP BY 1",
+        standing=f"WITH {waits} {standing} {_WAITING_BY_REASON if skip_waiting else ''}",
         rest=f"{pending} {rest_sql(environment, 'pending')}",
         witnesses=_WITNESSES.format(**names),
     )
+
+
+def table_names(environment: Environment) -> dict[str, str]:
+    """What the queries call the tables, quoted."""
+    tables = ("listings", "images", "features", "vectors")
+    return {table: quoted(getattr(environment, table)) for table in tables}
+
+
+def candidates_sql(cursor: Cursor, environment: Environment) -> str:
+    """The scored candidates of the listings in `{{relation}}`, of the tables of `table_names`."""
+    return _WITH_FEATURES if has_table(cursor, environment.features) else _NO_FEATURES
 
 
 def _arrays(waiting: LeftOut) -> dict[str, str]:
@@ -211,21 +321,3 @@ def _arrays(waiting: LeftOut) -> dict[str, str]:
 def _array(values: pa.ChunkedArray) -> str:
     words = values.cast(pa.string()).combine_chunks()
     return f"{{{pc.binary_join(pa.ListArray.from_arrays([0, len(words)], words), ',')[0]}}}"
-
-
-def _census(names: dict[str, str]) -> str:
-    """Why listings are not exported, counted in the same snapshot."""
-    return f"""
-        SELECT count(*), count(*) FILTER (WHERE l.spam IS NOT NULL),
-               count(*) FILTER (WHERE l.edited_date IS NULL),
-               count(*) FILTER (WHERE l.url IS NULL),
-               count(*) FILTER (WHERE NOT l.edited_date::timestamptz
-                                BETWEEN '{_FIRST}' AND '{_LAST}'),
-               (SELECT count(*) FROM (
-                    SELECT count(*) FROM {{listings}} g
-                    WHERE g.url IS NOT NULL AND g.spam IS NULL AND g.edited_date IS NOT NULL
-                      AND EXISTS (SELECT FROM {{images}} i WHERE i.generation = g.generation
-                                  AND i.listing_id = g.listing_id AND i.image_index IS NOT NULL)
-                    GROUP BY g.listing_id, g.edited_date::timestamptz
-                    HAVING count(*) > 1) superseded)
-        FROM {{listings}} l""".format(**names)

@@ -7,7 +7,7 @@ from adbc_driver_manager.dbapi import Cursor
 from pipeline.database.catalog import RELATION, has_table
 from pipeline.database.connection import fetch, quoted
 from pipeline.database.inputs import COLUMNS
-from pipeline.database.target import KEY
+from pipeline.database.key import KEY
 from pipeline.stage.errors import DatabaseError
 from pipeline.stage.settings import Environment
 

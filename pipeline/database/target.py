@@ -7,16 +7,12 @@ from adbc_driver_manager.dbapi import Cursor
 from pipeline.database import registry
 from pipeline.database.catalog import columns, has_table
 from pipeline.database.connection import connect, fetch, quoted, run_script, translated_errors
+from pipeline.database.key import KEY
 from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
 from pipeline.stage.settings import Environment, Identity, identifier
 
 MOST_DIMENSIONS = 16000  # of pgvector's type vector
 WIDEST_IN_ROW = 1900  # dimensions; a row that is not cut up must fit a page of 8 kB
-KEY = ("listing_id", "edited_date", *Identity._fields)
-# A row `v` of the target is of the key that `bind` made readable.
-OF_KEY = " AND ".join(
-    f"v.{name} = current_setting('listing_vectors.{name}')" for name in Identity._fields
-)
 _TYPES = {
     "listing_id": "bigint",
     "edited_date": "timestamp with time zone",
@@ -165,12 +161,3 @@ def _check_key(cursor: Cursor, environment: Environment, where: str) -> None:
             where,
             _HINT,
         )
-
-
-def rest_sql(environment: Environment, replaced: str) -> str:
-    """How many rows of the bound key have no counterpart in the relation `replaced`."""
-    return (
-        f"SELECT count(*) FROM {quoted(environment.vectors)} v"
-        f" WHERE {OF_KEY} AND NOT EXISTS (SELECT FROM {replaced} r"
-        " WHERE r.listing_id = v.listing_id AND r.edited_date = v.edited_date)"
-    )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,7 +42,10 @@ MEMORY_MB = 512  # for DuckDB to rewrite a ledger; beyond, it spills to disk
 ROW_GROUP = 4096
 
 KEY = ["generation", "listing_id", "edited_date"]
-LEDGER = pa.schema([*parquet.WITHOUT_VECTOR, pa.field("limits", pa.string())])
+LEDGER = pa.schema(
+    [*parquet.WITHOUT_VECTOR, pa.field("limits", pa.string()), pa.field("reason", pa.string())]
+)
+CANCELLED = "cancelled"  # the reason of a listing whose image vectors have no direction together
 
 # What a listing was tried with: one text that Postgres and DuckDB run alike, grouped by listing.
 CANDIDATES_SQL = """md5(string_agg(
@@ -51,21 +55,30 @@ CANDIDATES_SQL = """md5(string_agg(
 
 
 class LeftOut(NamedTuple):
-    """Listings to leave out of an export, by (generation, listing_id, edited_date).
+    """Listings to leave out of an export, by (generation, listing_id, edited_date), and why.
 
     `looked_at` has their `candidates` too: they are left out while that hash is what it was.
+    `changed` are not left out: a file of theirs is another than it was.
     """
 
     looked_at: pa.Table
     unseen: pa.Table
+    changed: pa.Table
+
+    @classmethod
+    def of(cls, looked_at: pa.Table, unseen: pa.Table, changed: pa.Table) -> "LeftOut":
+        """Of tables with the columns of LEDGER that are needed, and others."""
+        return cls(
+            looked_at.select([*KEY, "candidates", "reason"]),
+            unseen.select([*KEY, "reason"]),
+            changed.select(KEY),
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.looked_at.num_rows or self.unseen.num_rows)
+        return any(table.num_rows for table in self)
 
 
-NOBODY = LeftOut(
-    LEDGER.empty_table().select([*KEY, "candidates"]), LEDGER.empty_table().select(KEY)
-)
+NOBODY = LeftOut.of(*[LEDGER.empty_table()] * 3)
 
 
 class Files:
@@ -128,17 +141,30 @@ def _left_out(path: Path, files: Files, chosen: Settings) -> LeftOut:
         if not _is_ledger(ledger):
             return NOBODY
         blocks = window(ledger.metadata.num_rows, time.time())
-        keys = ledger.read(columns=[*KEY, "limits"])
-        seen = _rows(ledger, blocks, [*KEY, "candidates", "files", "limits"])
+        keys = ledger.read(columns=[*KEY, "limits", "reason"])
+        seen = _rows(ledger, blocks, [*KEY, "candidates", "files", "limits", "reason"])
     waits = pc.equal(keys["limits"], _limits(chosen)).to_numpy()  # else it may be read now
     for block in blocks:
         waits[block.start : block.stop] = False
-    seen = seen.filter(pc.equal(seen["limits"], _limits(chosen)))
-    same = [not changes for changes in files.changed(seen["files"])]
-    return LeftOut(
-        seen.filter(pa.array(same, pa.bool_())).select([*KEY, "candidates"]),
-        keys.filter(pa.array(waits)).select(KEY),
+    same = pc.equal(seen["limits"], _limits(chosen)).to_numpy()
+    same[same] = [not changes for changes in files.changed(seen["files"].filter(pa.array(same)))]
+    return LeftOut.of(
+        seen.filter(pa.array(same)), keys.filter(pa.array(waits)), seen.filter(pa.array(~same))
     )
+
+
+def files_of(
+    chosen: Settings, identity: Identity, listing_id: int
+) -> dict[datetime, list[dict[str, Any]]]:
+    """Of each edit of a listing that is remembered: the files that were tried, with their errors.
+
+    It waits only if its files and rows are as they were: `left_out` and the export decide.
+    """
+    path = ledger_of(Path(chosen.cache_dir), identity)
+    if not _has_ledger(path):
+        return {}
+    rows = pq.read_table(path, columns=[*KEY, "files"], filters=[("listing_id", "=", listing_id)])
+    return {row["edited_date"]: row["files"] for row in rows.to_pylist()}
 
 
 def changed_files(files: Files, without_vector: Path) -> str:
@@ -223,9 +249,14 @@ _SETTLED = """
 
 _KEPT = _SETTLED.replace("SEMI", "ANTI")
 
+# Why a listing waits: what most of its files are, the first of them where that is open.
+_REASON = f"""coalesce(list_aggregate(
+    list_transform(files, lambda f: split_part(f.error, ':', 1)), 'mode'), '{CANCELLED}')"""
+
 _REWRITTEN = f"""
-    SELECT generation, listing_id, edited_date, candidates, files, limits FROM (
-        SELECT *, $limits AS limits FROM failed UNION ALL BY NAME SELECT l.* {_KEPT})
+    SELECT {", ".join(LEDGER.names)} FROM (
+        SELECT *, $limits AS limits, {_REASON} AS reason FROM failed
+        UNION ALL BY NAME SELECT l.* {_KEPT})
     ORDER BY edited_date DESC, listing_id, generation"""
 
 

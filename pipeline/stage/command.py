@@ -187,6 +187,7 @@ class Progress:
         self._said = self._moved = time.monotonic()
         self._first: float | None = None  # when the first real work was done
         self._start = 0, 0  # what was done, and worked on, when the clock started
+        self._last = 0.0, 0  # when real work was last done, and how much by then
         self._recent: deque[tuple[float, int]] = deque()  # times, and what was worked on by then
 
     def update(self, done: int, worked: int | None = None) -> None:
@@ -196,6 +197,8 @@ class Progress:
         """
         now = time.monotonic()
         worked = done if worked is None else worked
+        if worked > self._last[1]:
+            self._last = now, worked
         if worked and (self._first is None or now - self._first < self.TOGETHER_S):
             self._first = now if self._first is None else self._first
             self._start = done, worked
@@ -208,6 +211,13 @@ class Progress:
             log.info("%s", self._text(now, done, worked), extra={"progress": True})
         if self._screen and done >= self.total:
             self._screen.clear()
+
+    @property
+    def rate(self) -> float | None:
+        """Units of real work a second, since the first of it; None where all came at once."""
+        if self._first is None or self._last[0] - self._first < self.TOGETHER_S:
+            return None
+        return (self._last[1] - self._start[1]) / (self._last[0] - self._first)
 
     def _text(self, now: float, done: int, worked: int) -> str:
         text = f"{done}/{self.total} {self.unit}"
@@ -222,10 +232,11 @@ class Progress:
         rate = (worked - before) / (now - then)
         share = (worked - self._start[1]) / (done - self._start[0])
         left = (self.total - done) * share / rate
-        return f"{text}, {rate:.1f} {self.unit}/s, {_clock(left)} left"
+        return f"{text}, {rate:.1f} {self.unit}/s, {clock(left)} left"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """12 s, 3 min 05 s or 2 h 07 min."""
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"

@@ -18,10 +18,16 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from adbc_driver_manager.dbapi import Cursor
 
-from pipeline.database import registry, rights, target, waiting
-from pipeline.database.connection import NO_DATABASE, connect, data_source_name, fetch
+from pipeline.database import census, registry, rights, target, waiting
+from pipeline.database.connection import (
+    NO_DATABASE,
+    connect,
+    data_source_name,
+    described,
+    fetch,
+)
 from pipeline.database.inputs import check_inputs
-from pipeline.database.pending import has_any, prepare
+from pipeline.database.pending import Digest, Pending, has_any, prepare
 from pipeline.database.registry import MadeBy
 from pipeline.encoder.model import Model, identity_of, model_of
 from pipeline.stage import lifetime, parquet
@@ -35,9 +41,11 @@ from pipeline.stage.settings import (
     config_values,
     find_config,
 )
+from pipeline.workflow import words
 from pipeline.workflow.code import PIPELINE
-from pipeline.workflow.ending import LOCK
+from pipeline.workflow.hooks import LOCK
 from pipeline.workflow.preflight import check_cache_dir
+from pipeline.workflow.summary import last_rate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,6 +104,8 @@ class Workflow:
         self.environment = Environment.read()
         check_cache_dir(self.settings)
         data_source_name()
+        self.database = "no database"
+        self._speaks = False
 
     @functools.cached_property
     def model(self) -> Model:
@@ -134,11 +144,11 @@ class Workflow:
         With nothing pending, the export at hand remains the current one, since what follows from
         it depends on other settings; unless it is of another database or another key.
         """
-        state, photos = self._pending_state(self._recorded)
+        state, photos, line = self._pending_state(self._recorded)
         if state is None:
-            return Plan(self._recorded if self._is_current(self._recorded) else None, 0)
+            return Plan(self._recorded if self._is_current(self._recorded) else None, 0, line)
         wanted = self._wanted(state)
-        return Plan(self._recorded if _same(self._recorded, wanted) else wanted, photos)
+        return Plan(self._recorded if _same(self._recorded, wanted) else wanted, photos, line)
 
     def _wanted(self, state: dict[str, str]) -> dict[str, Any]:
         """The params of an export by these settings."""
@@ -149,32 +159,70 @@ class Workflow:
             "state": state,
         }
 
-    def _pending_state(self, recorded: dict[str, Any] | None) -> tuple[dict[str, str] | None, int]:
-        """A digest of the pending rows, read-only and cheap, and how many photos they may select.
+    def _pending_state(
+        self, recorded: dict[str, Any] | None
+    ) -> tuple[dict[str, str] | None, int, str]:
+        """A digest of the pending rows, how many photos they select, and a line for people.
 
-        None and 0 when nothing is pending.
+        None and 0 when nothing is pending. Read-only and cheap.
         """
-        chosen = self.settings.model_copy(update=self.identity._asdict())
+        files = waiting.Files(self._chosen, self.environment.image_root)
+        left_out = waiting.left_out(files, self._chosen, self.identity)
+        with (
+            connect(read_only=True, repeatable=True) as connection,
+            connection.cursor() as cursor,
+        ):
+            self.database = described(cursor)
+            check_inputs(cursor, self.environment)
+            rights.check_reading(cursor, self.environment)
+            target.check(cursor, self.environment, self.model.embed_dim)
+            pending = prepare(cursor, self.environment, self._chosen, left_out)
+            self._refuse_mixing(cursor, pending.rest)
+            digest = Digest(*fetch(cursor, pending.digest)[0])
+            line = self._line(cursor, pending, digest) if self._speaks else ""
+        if not digest.listings:
+            return None, 0, line
+        sums = _digest([digest.listings_sum, digest.images_sum])
+        state = {
+            "pending": f"{digest.listings} listings, {digest.images} images, {sums}",
+            "after_load": _last_load(recorded),
+            "changed_files": waiting.changed_files(files, WITHOUT_VECTOR),
+        }
+        return state, digest.photos, line
+
+    def _line(self, cursor: Cursor, pending: Pending, digest: Digest) -> str:
+        """What the run has to do, or why there is nothing to be done."""
+        if not digest.listings:
+            return f"Nothing is pending: {words.standing(census.take(cursor, pending))}"
+        from pipeline.workflow.outlook import foresee  # polars and the cache: only where needed
+
+        outlook = foresee(
+            cursor, pending, digest, self._chosen, self.environment, self.model, last_rate()
+        )
+        return words.plan(digest, outlook)
+
+    @functools.cached_property
+    def _chosen(self) -> Settings:
+        """The settings with the whole key."""
+        return self.settings.model_copy(update=self.identity._asdict())
+
+    def standing(self) -> str:
+        """Where the listings stand in the database now."""
+        chosen = self._chosen.model_copy(update={"force": False})
         files = waiting.Files(chosen, self.environment.image_root)
         left_out = waiting.left_out(files, chosen, self.identity)
         with (
             connect(read_only=True, repeatable=True) as connection,
             connection.cursor() as cursor,
         ):
-            check_inputs(cursor, self.environment)
-            rights.check_reading(cursor, self.environment)
-            target.check(cursor, self.environment, self.model.embed_dim)
             pending = prepare(cursor, self.environment, chosen, left_out)
-            self._refuse_mixing(cursor, pending.rest)
-            listings, images, *sums = fetch(cursor, pending.digest)[0]
-        if not listings:
-            return None, 0
-        state = {
-            "pending": f"{listings} listings, {images} images, {_digest(sums)}",
-            "after_load": _last_load(recorded),
-            "changed_files": waiting.changed_files(files, WITHOUT_VECTOR),
-        }
-        return state, min(images, listings * chosen.topk)
+            return words.standing(census.take(cursor, pending))
+
+    def _say_plan(self) -> None:
+        """Print the plan, once, on standard error: what is asked for may be a picture."""
+        if self._speaks and isinstance(self._asked, Plan):
+            print(self._asked.line, file=sys.stderr, flush=True)
+        self._speaks = False
 
     def _refuse_mixing(self, cursor: Cursor, rest: str) -> None:
         """MixedVectors for what the load would refuse, before a night of encoding."""
@@ -204,6 +252,7 @@ class Workflow:
         """
         scatter = workflow.resource_settings.overwrite_scatter
         given: int | None = scatter.get(SCATTER)
+        self._speaks = workflow.is_main_process
         if given is not None and not workflow.is_main_process:
             return given
         number = self._shards(given)
@@ -240,8 +289,9 @@ class Workflow:
             raise SettingsError(
                 "PG_DSN of a database to load into", "none", "", "the target without is: vectors"
             )
-        if self._export is None:
-            print("Nothing is pending: the table has a vector of every eligible listing.")
+        export = self._export
+        self._say_plan()
+        if export is None:
             return []
         with connect(read_only=True) as connection, connection.cursor() as cursor:
             rights.check_writing(cursor, self.environment)
@@ -274,6 +324,7 @@ class Workflow:
         @one_line_errors
         def of_export(wildcards: object) -> str:
             exported = self._exported()
+            self._say_plan()
             values = {n: exported[n] if n in exported else self._value(n) for n in names}
             return flags({**values, "state": json.dumps(exported["state"], sort_keys=True)})
 
@@ -298,6 +349,7 @@ class Plan(NamedTuple):
 
     export: dict[str, Any] | None
     photos: int
+    line: str  # the same for people
 
 
 def _enough(photos: int) -> int:

@@ -21,6 +21,7 @@ from pipeline.database.connection import (
     translated_errors,
 )
 from pipeline.database.inputs import check_inputs
+from pipeline.database.key import OF_KEY
 from pipeline.stage import settings
 from pipeline.stage.command import Progress
 from pipeline.stage.errors import DatabaseError, SettingsError
@@ -98,7 +99,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def conditions_of(args: argparse.Namespace, environment: Environment) -> dict[str, str]:
     """What is to be deleted: its name and its condition."""
     if args.key:
-        return {f"of the key {tuple(args.key)}": target.OF_KEY}
+        return {f"of the key {tuple(args.key)}": OF_KEY}
     wanted = {}
     if args.gone:
         wanted["gone"] = obsolete.gone(environment)
@@ -140,7 +141,7 @@ def unregister(environment: Environment, identity: Identity, lock_timeout_s: int
             set_lock_timeout(cursor, lock_timeout_s)
             registry.retire(cursor, environment, identity)  # waits for a load that holds the key
             bind(cursor, identity._asdict())
-            rows = obsolete.count(cursor, environment, target.OF_KEY)
+            rows = obsolete.count(cursor, environment, OF_KEY)
         if rows:
             raise DatabaseError(
                 "a key that nobody loads", f"{rows} rows that a load has put there meanwhile",

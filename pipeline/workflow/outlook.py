@@ -1,0 +1,115 @@
+"""What the next run has to do: listings, photos, how many of them the cache knows, and how long."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from adbc_driver_manager.dbapi import Cursor
+
+from pipeline.cache.vectors import VectorCache
+from pipeline.database.connection import translated_errors
+from pipeline.database.pending import Digest, Pending
+from pipeline.database.waiting import STAT_THREADS
+from pipeline.encoder.model import Model, fingerprint, resolve_device, resolve_precision
+from pipeline.photos.files import FileStat, PhotoError, PhotoFolder
+from pipeline.select import select_images
+from pipeline.stage import parquet
+from pipeline.stage.errors import PipelineError
+from pipeline.stage.settings import Environment, Settings
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The next run. `cached` and `seconds` are None where they can't be told."""
+
+    listings: int
+    photos: int
+    cached: int | None  # of `photos`, by path, size and mtime
+    seconds: int | None  # to encode the others, at the last measured rate
+
+
+def foresee(
+    cursor: Cursor,
+    pending: Pending,
+    digest: Digest,
+    chosen: Settings,
+    environment: Environment,
+    model: Model,
+    rate: float | None,
+) -> Outlook:
+    """`rate` is in images a second. Of very many listings, a sample is looked up in the cache."""
+    share = _cached_share(cursor, pending, digest, chosen, environment, model)
+    cached = None if share is None else round(share * digest.photos)
+    to_encode = digest.photos - (cached or 0)
+    seconds = None if rate is None else round(to_encode / rate)
+    return Outlook(digest.listings, digest.photos, cached, seconds)
+
+
+def _cached_share(
+    cursor: Cursor,
+    pending: Pending,
+    digest: Digest,
+    chosen: Settings,
+    environment: Environment,
+    model: Model,
+) -> float | None:
+    """How much of the photos the cache knows, from 0 to 1; None where that can't be told."""
+    if not digest.photos or chosen.force:
+        return 0.0
+    if model.embed_dim is None:
+        return None
+    try:
+        cache = _cache(chosen, model, model.embed_dim)
+        if not cache.entries:
+            return 0.0
+        paths = selected_paths(cursor, pending.sample, chosen)
+        folder = PhotoFolder(
+            environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
+        )
+        there = _stats(folder, paths)
+    except (PipelineError, OSError):
+        return None  # a run would say it better
+    if not there:
+        return 0.0
+    names, stats = zip(*there, strict=True)
+    sizes, mtimes = np.array([tuple(stat) for stat in stats], np.int64).T
+    return len(cache.lookup_files(list(names), sizes, mtimes)) / len(paths)
+
+
+def _cache(chosen: Settings, model: Model, dim: int) -> VectorCache:
+    made_by = fingerprint(
+        model,
+        precision=resolve_precision(chosen.precision, resolve_device(chosen.device)),
+        decode=chosen.decode,
+        apply_exif_orientation=chosen.apply_exif_orientation,
+    )
+    return VectorCache.of(Path(chosen.cache_dir), made_by, dim)
+
+
+def selected_paths(cursor: Cursor, candidates: str, chosen: Settings) -> list[str | None]:
+    """The storage_path of each image that `select` would take of the candidates of a query."""
+    with translated_errors():
+        cursor.execute(candidates)
+        frame = pl.DataFrame(cursor.fetch_arrow_table().cast(parquet.CANDIDATES))
+    selected = select_images(frame, chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots)
+    return list(selected["storage_path"])
+
+
+def _stats(folder: PhotoFolder, paths: Sequence[str | None]) -> list[tuple[str, FileStat]]:
+    """The files that are there."""
+
+    def stat(path: str | None) -> FileStat | None:
+        try:
+            return folder.stat(path)
+        except PhotoError:
+            return None
+
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return [
+            (path, found)
+            for path, found in zip(paths, pool.map(stat, paths), strict=True)
+            if path is not None and found is not None
+        ]

@@ -1,0 +1,66 @@
+"""Sentences about where the listings stand and what the next run has to do."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.database.census import Census
+from pipeline.database.pending import Digest
+from pipeline.stage.command import clock
+
+if TYPE_CHECKING:
+    from pipeline.workflow.outlook import Outlook
+
+
+def plan(digest: Digest, outlook: "Outlook") -> str:
+    """'3 listings pending: 2 new, 1 edited; 9 photos, 4 cached, about 12 s; 88 more wait ...'."""
+    said = [f"{counted(digest.listings, 'listing')} pending: {listed(why(digest))}"]
+    said.append(ahead(outlook))
+    if beyond := digest.due - digest.listings:
+        said.append(f"{beyond} more wait for the next run (limit_listings)")
+    return "; ".join(said)
+
+
+def why(digest: Digest) -> dict[str, int]:
+    """How many of the pending listings are pending for which reason."""
+    known = {
+        "edited": digest.edited,
+        "with changed files or rows": digest.changed,
+        "forced": digest.forced,
+    }
+    return {"new": digest.listings - sum(known.values()), **known}
+
+
+def ahead(outlook: "Outlook") -> str:
+    """'9 photos, 4 cached, about 12 s'; what is not known is not said."""
+    said = counted(outlook.photos, "photo")
+    if outlook.cached is not None:
+        said += f", {outlook.cached} cached"
+    if outlook.seconds:
+        said += f", about {clock(outlook.seconds)}"
+    return said
+
+
+def standing(census: Census) -> str:
+    """Where the eligible listings stand under this key."""
+    if not census.eligible:
+        named = listed(census.left_out)
+        left_out = f"; left out: {named}" if named else ""
+        return f"no listing is eligible ({counted(census.listings, 'row')}{left_out})"
+    if census.with_vector == census.eligible:
+        return f"the table has a vector of every eligible listing ({census.eligible})"
+    said = [f"the table has a vector of {census.with_vector} of {census.eligible} listings"]
+    if census.pending:
+        said.append(f"{census.pending} wait for the next run")
+    if census.waiting:
+        said.append(f"{census.waiting} wait for files ({listed(census.waiting_by_reason)})")
+    return "; ".join(said)
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 photo', '2 photos'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """'2 missing, 1 broken'; zeros are left out."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
