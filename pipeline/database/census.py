@@ -7,15 +7,11 @@ from adbc_driver_manager.dbapi import Cursor
 from pipeline.database.connection import fetch
 from pipeline.database.pending import OTHER_GENERATION, RULES, Pending
 
-REASONS = (*RULES, OTHER_GENERATION)
-
 
 @dataclass(frozen=True)
-class Census:
-    """listings = eligible + sum(left_out); eligible = with_vector + pending + waiting."""
+class Standing:
+    """eligible = with_vector + pending + waiting."""
 
-    listings: int  # rows of the listings table
-    left_out: dict[str, int]  # rows by reason, every one of REASONS
     eligible: int  # listings, an edit of each
     with_vector: int  # under the key that was asked for
     waiting_by_reason: dict[str, int]
@@ -29,21 +25,28 @@ class Census:
         return self.eligible - self.with_vector - self.waiting
 
 
-def take(cursor: Cursor, pending: Pending) -> Census:
-    """Count all of them."""
-    rows, left_out = judge(cursor, pending)
+@dataclass(frozen=True)
+class Census:
+    """listings = standing.eligible + sum(left_out)."""
+
+    listings: int  # rows of the listings table
+    left_out: dict[str, int]  # rows by reason: RULES and OTHER_GENERATION
+    standing: Standing
+
+
+def stand(cursor: Cursor, pending: Pending) -> Standing:
+    """Count what is eligible."""
     counted = dict(fetch(cursor, pending.standing))
     eligible, unfinished = counted.pop("eligible"), counted.pop("unfinished")
-    return Census(
-        listings=rows,
-        left_out={**left_out, OTHER_GENERATION: rows - sum(left_out.values()) - eligible},
-        eligible=eligible,
-        with_vector=eligible - unfinished,
-        waiting_by_reason={reason: count for reason, count in counted.items() if count},
-    )
+    waiting = {reason: count for reason, count in counted.items() if count}
+    return Standing(eligible, eligible - unfinished, waiting)
 
 
-def judge(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int]]:
-    """How many rows the listings table has, and how many of them each of RULES leaves out."""
+def take(cursor: Cursor, pending: Pending) -> Census:
+    """Count all rows."""
+    standing = stand(cursor, pending)
     counted = dict(fetch(cursor, pending.judged))
-    return sum(counted.values()), {reason: counted.get(reason, 0) for reason in RULES}
+    left_out = {reason: counted.get(reason, 0) for reason in RULES}
+    rows = sum(counted.values())
+    left_out[OTHER_GENERATION] = rows - sum(left_out.values()) - standing.eligible
+    return Census(rows, left_out, standing)

@@ -134,10 +134,12 @@ _DIGEST = f"""
            (SELECT count(*) FROM known WHERE listing AND NOT edit)
     FROM of_images"""
 
-_STANDING = """
-    eligible AS MATERIALIZED ({eligible}),
-    unfinished AS MATERIALIZED (SELECT * FROM eligible l WHERE true {done})
-    SELECT 'eligible', count(*) FROM eligible
+# What is eligible is only counted, by a hash; what is sorted is only what is not done.
+_STANDING = f"""
+    unfinished AS MATERIALIZED ({_ELIGIBLE.replace("{not_done}", _NOT_DONE)})
+    SELECT 'eligible', count(*) FROM (
+        SELECT DISTINCT l.edited_date::timestamptz, l.listing_id FROM {{listings}} l
+        WHERE {_IS_ELIGIBLE}) eligible
     UNION ALL SELECT 'unfinished', count(*) FROM unfinished"""
 
 _WAITING_BY_REASON = f"""
@@ -281,9 +283,7 @@ def prepare(
     )
     of_pending = candidates.format(relation="pending", **names)
     of_sample = candidates.format(relation="sample", **names)
-    standing = _STANDING.format(
-        eligible=_ELIGIBLE.format(**{**names, "not_done": ""}), done=_NOT_DONE.format(**names)
-    )
+    standing = _STANDING.format(**names)
     return Pending(
         listings=f"{pending} SELECT * FROM pending {_NEWEST}",
         candidates=f"{pending} {of_pending} {ORDER}",

@@ -42,6 +42,9 @@ class Identity(NamedTuple):
     model_rev: str
     pca_rev: str
 
+    def __str__(self) -> str:
+        return " · ".join(part or "''" for part in self)
+
 
 class Settings(BaseModel):
     """The keys of config.yaml."""

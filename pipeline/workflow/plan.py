@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from adbc_driver_manager.dbapi import Cursor
 
-from pipeline.database import census, registry, rights, target, waiting
+from pipeline.database import registry, rights, target, waiting
 from pipeline.database.connection import (
     NO_DATABASE,
     connect,
@@ -193,7 +193,7 @@ class Workflow:
     def _line(self, cursor: Cursor, pending: Pending, digest: Digest) -> str:
         """What the run has to do, or why there is nothing to be done."""
         if not digest.listings:
-            return f"Nothing is pending: {words.standing(census.take(cursor, pending))}"
+            return f"Nothing is pending: {words.where(cursor, pending)}"
         from pipeline.workflow.outlook import foresee  # polars and the cache: only where needed
 
         outlook = foresee(
@@ -216,7 +216,7 @@ class Workflow:
             connection.cursor() as cursor,
         ):
             pending = prepare(cursor, self.environment, chosen, left_out)
-            return words.standing(census.take(cursor, pending))
+            return words.where(cursor, pending)
 
     def _say_plan(self) -> None:
         """Print the plan, once, on standard error: what is asked for may be a picture."""

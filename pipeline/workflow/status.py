@@ -47,15 +47,16 @@ class Status:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of --json."""
+        standing = self.census.standing
         return {
             "listings": self.census.listings,
             "left_out": self.census.left_out,
-            "eligible": self.census.eligible,
-            "with_vector": self.census.with_vector,
-            "pending": self.census.pending,
+            "eligible": standing.eligible,
+            "with_vector": standing.with_vector,
+            "pending": standing.pending,
             "beyond_limit": self.digest.due - self.digest.listings,
-            "waiting": self.census.waiting,
-            "waiting_by_reason": self.census.waiting_by_reason,
+            "waiting": standing.waiting,
+            "waiting_by_reason": standing.waiting_by_reason,
             "gone": self.gone,
             "superseded": self.superseded,
             "keys": [
@@ -71,23 +72,23 @@ class Status:
 
     def lines(self) -> Iterator[str]:
         """For a person."""
-        counted, key = self.census, " · ".join(part or "''" for part in self.identity)
+        counted, standing = self.census, self.census.standing
         yield f"{self.database}, {self.table}"
-        yield f"key {key}"
+        yield f"key {self.identity}"
         yield ""
         yield _line("listings", counted.listings, "rows of the listings table")
         for reason, number in counted.left_out.items():
             if number:
                 yield _line(f"  {reason}", number, "left out")
-        yield _line("eligible", counted.eligible)
-        yield _line("  with vector", counted.with_vector)
-        yield _line("  pending", counted.pending, self._pending())
-        yield _line("  waiting", counted.waiting, words.listed(counted.waiting_by_reason))
+        yield _line("eligible", standing.eligible)
+        yield _line("  with vector", standing.with_vector)
+        yield _line("  pending", standing.pending, self._pending())
+        yield _line("  waiting", standing.waiting, words.listed(standing.waiting_by_reason))
         yield _line("gone", self.gone, "vectors of listings that are deleted, or spam now")
         yield _line("superseded", self.superseded, "vectors of earlier edits")
         yield ""
         for one in self.keys:
-            yield _line(" · ".join(part or "''" for part in one.identity), one.rows, _made(one))
+            yield _line(str(one.identity), one.rows, _made(one))
         yield f"next run: {self._next()}"
 
     def _pending(self) -> str:
@@ -96,7 +97,9 @@ class Status:
 
     def _next(self) -> str:
         if not self.digest.listings:
-            return f"nothing to do; {words.standing(self.census)}"
+            standing = self.census.standing
+            said = words.standing(standing) if standing.eligible else words.nobody(self.census)
+            return f"nothing to do; {said}"
         return words.plan(self.digest, self.next_run)
 
 

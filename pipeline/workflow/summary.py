@@ -41,7 +41,7 @@ class Run:
         yield f"run of {when:%Y-%m-%d %H:%M:%S} UTC, {clock(self.ended - self.began)}"
         rows = {
             "database": f"{self.database}, {self.table}",
-            "key": " · ".join(part or "''" for part in self.key),
+            "key": str(self.key),
             **self.stages,
             "result": self.outcome,
         }

@@ -218,8 +218,7 @@ def _table(photos: list[Photo]) -> Iterator[str]:
 def _vectors(vectors: list[Vector], environment: Environment) -> Iterator[str]:
     yield f"vectors in {quoted(environment.vectors)}{'' if vectors else ': none'}"
     for vector in vectors:
-        key = " · ".join(part or "''" for part in vector.key)
         yield (
             f"  edited {vector.edited}: of {vector.n_images} images,"
-            f" written {vector.updated}, key {key}"
+            f" written {vector.updated}, key {vector.key}"
         )

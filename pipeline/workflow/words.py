@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.database.census import Census
-from pipeline.database.pending import Digest
+from adbc_driver_manager.dbapi import Cursor
+
+from pipeline.database import census
+from pipeline.database.census import Census, Standing
+from pipeline.database.pending import Digest, Pending
 from pipeline.stage.command import clock
 
 if TYPE_CHECKING:
@@ -40,20 +43,29 @@ def ahead(outlook: "Outlook") -> str:
     return said
 
 
-def standing(census: Census) -> str:
-    """Where the eligible listings stand under this key."""
-    if not census.eligible:
-        named = listed(census.left_out)
-        left_out = f"; left out: {named}" if named else ""
-        return f"no listing is eligible ({counted(census.listings, 'row')}{left_out})"
-    if census.with_vector == census.eligible:
-        return f"the table has a vector of every eligible listing ({census.eligible})"
-    said = [f"the table has a vector of {census.with_vector} of {census.eligible} listings"]
-    if census.pending:
-        said.append(f"{census.pending} wait for the next run")
-    if census.waiting:
-        said.append(f"{census.waiting} wait for files ({listed(census.waiting_by_reason)})")
+def where(cursor: Cursor, pending: Pending) -> str:
+    """Where the listings stand under this key: `standing`, or why none is eligible."""
+    found = census.stand(cursor, pending)
+    return standing(found) if found.eligible else nobody(census.take(cursor, pending))
+
+
+def standing(found: Standing) -> str:
+    """Of the eligible listings, how many have a vector, and what the others wait for."""
+    if found.with_vector == found.eligible:
+        return f"the table has a vector of every eligible listing ({found.eligible})"
+    said = [f"the table has a vector of {found.with_vector} of {found.eligible} listings"]
+    if found.pending:
+        said.append(f"{found.pending} wait for the next run")
+    if found.waiting:
+        said.append(f"{found.waiting} wait for files ({listed(found.waiting_by_reason)})")
     return "; ".join(said)
+
+
+def nobody(found: Census) -> str:
+    """Why no listing is eligible."""
+    named = listed(found.left_out)
+    left_out = f"; left out: {named}" if named else ""
+    return f"no listing is eligible ({counted(found.listings, 'row')}{left_out})"
 
 
 def counted(number: int, noun: str) -> str:
