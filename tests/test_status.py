@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    REPOSITORY,
     T0,
     Database,
     Run,
@@ -197,6 +198,15 @@ def test_photos_of_the_next_run_are_those_that_are_selected(workspace: Workspace
     assert 5 + 2 + 2 == status(workspace)["next_run"]["photos"]
     assert 5 + 3 + 2 == status(workspace, "exclude_stock=false")["next_run"]["photos"]
     assert 1 + 1 + 1 == status(workspace, "topk=1")["next_run"]["photos"]
+
+
+def test_the_page_names_every_field(workspace: Workspace) -> None:
+    """docs/operating.md has each field of --json, and no other."""
+    page = (REPOSITORY / "docs/operating.md").read_text()
+    table = page.split("`--json` prints one line")[1].split("\n\n")[1]
+    cells = re.findall(r"^\| (`.+?) \|", table, re.M)
+
+    assert status(workspace).keys() == {name for cell in cells for name in re.findall(r"\w+", cell)}
 
 
 def test_status_for_people_says_the_same(finished: Workspace) -> None:
