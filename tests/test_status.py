@@ -10,7 +10,6 @@ import pytest
 from conftest import (
     REPOSITORY,
     T0,
-    Database,
     Run,
     Workspace,
     create_tables,
@@ -429,7 +428,7 @@ def test_why_of_a_deleted_listing_and_of_none(finished: Workspace) -> None:
     ] == nobody.output.splitlines()
 
 
-def test_a_listing_edited_twice_shows_every_vector(finished: Workspace, database: Database) -> None:
+def test_a_listing_edited_twice_shows_every_vector(finished: Workspace) -> None:
     """By edit and key, newest first."""
     finished.database.edit(1, LATER)
     finished.run()

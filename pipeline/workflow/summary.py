@@ -6,6 +6,7 @@ Which stages ran is told by their logs, which each of them begins anew.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from pipeline.stage import parquet
 from pipeline.stage.command import clock
+from pipeline.stage.errors import PipelineError
 from pipeline.stage.settings import Identity
 
 RESULTS = Path("results")
@@ -67,9 +69,10 @@ def read() -> Run | None:
 
 
 def keep(run: Run) -> None:
-    """Remember the run as the last one."""
-    RECORD.parent.mkdir(exist_ok=True)
-    parquet.write_json(RECORD, asdict(run))
+    """Remember the run as the last one; a disk that takes no file does not hide how it ended."""
+    with suppress(OSError, PipelineError):
+        RECORD.parent.mkdir(exist_ok=True)
+        parquet.write_json(RECORD, asdict(run))
 
 
 def last_rate() -> float | None:
