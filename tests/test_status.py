@@ -18,6 +18,8 @@ from conftest import (
     new_workspace,
 )
 
+from pipeline.workflow.summary import RECORD
+
 LATER = "2026-02-02 12:00:00.000002+00"
 
 
@@ -170,7 +172,7 @@ def test_status_counts_the_vectors_of_every_key(finished: Workspace) -> None:
 
 def test_the_time_of_the_next_run_is_that_of_the_last_rate(finished: Workspace) -> None:
     """Seconds = photos that are not cached / images a second, as kept of the last run."""
-    record = finished.results / "run.json"
+    record = finished.folder / RECORD
     kept = json.loads(record.read_text())
     record.write_text(json.dumps({**kept, "images_per_second": 0.5}))
     new_listing(finished, 4, photos=3)
@@ -318,7 +320,10 @@ def test_the_summary_is_that_of_the_last_run(
     assert first["key"].startswith("listing_images_topk5_v1 · ")
     assert "3 listings, 6 images -> results/export" == first["export"]
     assert "4 images encoded, 2 failed (missing) -> results/encode" == first["encode"]
-    assert '2 inserted, 0 updated, 0 unchanged -> "ml"."img_vec512_v1"' == first["load"]
+    assert (
+        '2 inserted, 0 updated, 0 unchanged, 1 listings wait for files -> "ml"."img_vec512_v1"'
+        == (first["load"])
+    )
 
     assert "nothing to do" == again["export"] == again["select"]
     assert "4 images encoded, 2 failed (missing) -> results/encode" == again["encode"]

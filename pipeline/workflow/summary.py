@@ -1,4 +1,4 @@
-"""What a run did: told at its end from the files that it wrote, and kept in results/run.json.
+"""What a run did: told at its end from the files that it wrote, and kept for later.
 
 Which stages ran is told by their logs, which each of them begins anew.
 """
@@ -19,7 +19,7 @@ from pipeline.stage.settings import Identity
 
 RESULTS = Path("results")
 LOGS = Path("logs")
-RECORD = RESULTS / "run.json"
+RECORD = Path(".snakemake/last-run.json")  # of this folder: results travel between machines
 CHAIN = ("export", "select", "encode", "aggregate", "load")
 NOTHING = "nothing to do"
 
@@ -206,7 +206,8 @@ def encoded(stats: list[dict[str, Any]]) -> str:
 
 def loaded(receipt: dict[str, Any]) -> str:
     """One line of a receipt."""
+    waiting = f", {receipt['waiting']} listings wait for files" if receipt["waiting"] else ""
     return (
         f"{receipt['inserted']} inserted, {receipt['updated']} updated,"
-        f" {receipt['unchanged']} unchanged -> {receipt['table']}"
+        f" {receipt['unchanged']} unchanged{waiting} -> {receipt['table']}"
     )
