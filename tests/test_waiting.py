@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 
 from pipeline.database import waiting
-from pipeline.photos.files import PhotoFolder
+from pipeline.photos.files import FileStat, PhotoFolder
 from pipeline.stage import parquet
 from pipeline.stage.settings import Identity, Settings
 
@@ -34,10 +34,15 @@ class Folder:
         self.now = 0.0
         self.asked: list[str] = []
         stat = PhotoFolder.stat
-        patch.setattr(PhotoFolder, "stat", lambda s, p: self.asked.append(p) or stat(s, p))
+
+        def counted(photos: PhotoFolder, path: str) -> FileStat:
+            self.asked.append(path)
+            return stat(photos, path)
+
+        patch.setattr(PhotoFolder, "stat", counted)
         patch.setattr(waiting, "LOOKED_AT", LOOKED_AT)
         patch.setattr(waiting, "ROW_GROUP", LOOKED_AT // 4)
-        patch.setattr(waiting.time, "time", lambda: self.now)
+        patch.setattr("time.time", lambda: self.now)
 
     def wait(self, listings: int) -> None:
         """Remember so many listings: 0 is the newest edit, each with a photo of its number."""
