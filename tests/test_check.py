@@ -68,6 +68,21 @@ def faults(space: Workspace, environ: dict[str, str] | None = None, **settings: 
     return [line for line in found(space, environ, **settings) if not line.startswith("ok ")]
 
 
+def test_a_check_loads_no_torch(market: Workspace) -> None:
+    """Where no device has to be tried: also for weights of a hub, which is asked all the same."""
+    code = (
+        "import sys\nfrom pipeline.stage.settings import Environment, Settings\n"
+        "from pipeline.workflow.preflight import check_all\n"
+        "for finding in check_all(Settings(device='cpu'), Environment.read()): print(*finding)\n"
+        "print('loaded:', *{'torch', 'open_clip', 'torchvision'} & sys.modules.keys())"
+    )
+    run = market.python("-c", code, env={"HF_HOME": str(market.folder / "hub")})
+
+    assert "error expected the weights" in run.output
+    assert "HF_HUB_OFFLINE is set" in run.output
+    assert "loaded:" == run.output.splitlines()[-1].strip()
+
+
 def test_a_sound_marketplace_is_told_line_by_line(market: Workspace) -> None:
     """Every line is ok, and says what was found; nothing is written to the target."""
     assert [

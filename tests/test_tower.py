@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from pipeline.encoder import model as model_module
 from pipeline.encoder import tower as encoder_module
+from pipeline.encoder import weights
 from pipeline.encoder.model import (
     Fingerprint,
     find_model,
@@ -34,8 +35,8 @@ from pipeline.encoder.tower import (
     device_errors,
     load_encoder,
     probe,
-    weights_present,
 )
+from pipeline.encoder.weights import weights_present
 from pipeline.stage.errors import DeviceError, ModelError, SettingsError
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1}
@@ -133,12 +134,12 @@ def test_another_version_of_open_clip_is_imported(
     if text is not None:
         (tmp_path / file).write_text(text)
     monkeypatch.setattr(model_module, "_open_clip", lambda: tmp_path)
-    for cached in (model_module.pretrained_tags, model_module._constants):
+    for cached in (model_module.pretrained_tags, model_module.open_clip_constants):
         cached.cache_clear()
     try:
         found = find_model("ViT-B-32", "laion2b_s34b_b79k"), pretrained_tags()
     finally:
-        for cached in (model_module.pretrained_tags, model_module._constants):
+        for cached in (model_module.pretrained_tags, model_module.open_clip_constants):
             cached.cache_clear()
 
     assert expected == found
@@ -579,8 +580,8 @@ def test_a_wrong_dimension_in_the_configuration_is_refused(vit: str) -> None:
 def test_missing_weights_are_known_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without the weights and with a hub that takes calls but never answers: seconds, one line."""
     model = find_model("ViT-B-32", "laion2b_s34b_b79k")
-    monkeypatch.setattr(encoder_module, "_in_cache", lambda *_: None)
-    monkeypatch.setattr(encoder_module, "PROBE_S", 0.3)
+    monkeypatch.setattr(weights, "_in_cache", lambda *_: None)
+    monkeypatch.setattr(weights, "PROBE_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(hub_constants, "ENDPOINT", url)
@@ -601,8 +602,8 @@ def test_cached_weights_need_no_hub(
 ) -> None:
     """Files in the hub's local cache are loaded without a call, config and all."""
     folder = Path(vit.removeprefix("local-dir:"))
-    monkeypatch.setattr(encoder_module, "_in_cache", lambda _, name: _existing(folder / name))
-    monkeypatch.setattr(encoder_module, "_answers", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(weights, "_in_cache", lambda _, name: _existing(folder / name))
+    monkeypatch.setattr(weights, "_answers", lambda _: pytest.fail("asked the hub"))
     model = find_model("hf-hub:someone/tiny", "")
     weights_present(model)
     encoder = load_encoder(model, "cpu", "fp32", 2, 8)

@@ -172,7 +172,7 @@ def full_preprocess(overlay: Mapping[str, Any], size: Any) -> dict[str, Any]:
 
     Plain JSON values in one form, so that equal settings compare and hash as equal.
     """
-    constants = _constants()
+    constants = open_clip_constants()
     values: dict[str, Any] = {
         "mode": "RGB",
         "mean": constants["OPENAI_DATASET_MEAN"],
@@ -299,7 +299,7 @@ def _tags_in(module: Path) -> dict[str, dict[str, dict[str, Any]]]:
     tree = ast.parse(module.read_text(encoding="utf-8"))
     kept = (ast.Assign, ast.FunctionDef, ast.For, ast.If, ast.Expr)
     tree.body = [node for node in tree.body if isinstance(node, kept)]
-    names: dict[str, Any] = {"copy": copy, **_constants()}
+    names: dict[str, Any] = {"copy": copy, **open_clip_constants()}
     flags = __future__.annotations.compiler_flag  # its annotations name what is not imported
     exec(compile(tree, str(module), "exec", flags), names)
     tags: dict[str, dict[str, dict[str, Any]]] = names["_PRETRAINED"]
@@ -309,7 +309,8 @@ def _tags_in(module: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 @functools.cache
-def _constants() -> dict[str, Any]:
+def open_clip_constants() -> dict[str, Any]:
+    """What open_clip's constants.py says, without an import of open_clip."""
     try:
         return runpy.run_path(str(_open_clip() / "constants.py"))
     except Exception as error:  # noqa: BLE001  another version may fail in any way

@@ -9,9 +9,6 @@ import logging
 import os
 import queue
 import re
-import threading
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +20,6 @@ import numpy.typing as npt
 import open_clip
 import torch
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +31,7 @@ from pipeline.encoder.model import (
     full_preprocess,
     pretrained_tags,
 )
-from pipeline.encoder.weights import check_whole
+from pipeline.encoder.weights import NO_HUB_HINT, in_hub_cache, reach_hub
 from pipeline.stage.command import log
 from pipeline.stage.errors import DeviceError, ModelError
 
@@ -43,12 +39,6 @@ from pipeline.stage.errors import DeviceError, ModelError
 # keeps its activations in the cores' caches (efficientnet-lite0: 4 rows 175 images/s, 16 rows 85).
 CPU_ROWS = {torch.contiguous_format: 16, torch.channels_last: 4}
 IN_FLIGHT = 2
-PROBE_S = 3.0
-NO_HUB_HINT = (
-    "where no hub is reachable, copy a model folder here and set model_name: local-dir:FOLDER"
-)
-
-
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 # What torch says of a device that fails: what was expected, hint. The first that fits counts.
@@ -308,15 +298,6 @@ def load_encoder(
     return encoder
 
 
-def weights_present(model: Model) -> None:
-    """ModelError unless the weights are on this machine, and whole, or their hub answers."""
-    cached = [model.checkpoint] if model.checkpoint is not None else _cached(model)
-    if cached is None:
-        _reach_hub(model)
-    else:
-        check_whole(cached[0])
-
-
 def _created(model: Model, name: str, checkpoint: Path | None, precision: str) -> tuple[Any, Any]:
     """The whole open_clip model on the CPU, and its preprocessing.
 
@@ -381,10 +362,10 @@ def _fetched(model: Model) -> list[Path]:
     """The model's files from the hub, from its cache on this machine where they are there."""
     if model.checkpoint is not None:
         return []
-    cached = _cached(model)
+    cached = in_hub_cache(model)
     if cached is not None:
         return cached
-    _reach_hub(model)
+    reach_hub(model)
     repository, file = os.path.split(model.hub)
     log.info("downloading %s from %s, once", model.hub, hub_constants.ENDPOINT)
     disable_progress_bars()
@@ -399,64 +380,6 @@ def _fetched(model: Model) -> list[Path]:
         raise ModelError(
             f"the weights {model.hub}", _short(error), hub_constants.ENDPOINT, NO_HUB_HINT
         ) from error
-
-
-def _cached(model: Model) -> list[Path] | None:
-    """The model's files in the hub's local cache; None unless all are there."""
-    repository, file = os.path.split(model.hub)
-    wanted = file or open_clip.constants.HF_WEIGHTS_NAME
-    default = wanted == open_clip.constants.HF_WEIGHTS_NAME
-    safe = (
-        open_clip.constants.HF_SAFE_WEIGHTS_NAME if default else f"{Path(wanted).stem}.safetensors"
-    )
-    weights = [path for name in (safe, wanted) if (path := _in_cache(repository, name))]
-    if not weights:
-        return None
-    if not model.name.startswith(HUB):
-        return weights[:1]
-    config = _in_cache(repository, CONFIG_FILE)
-    return [weights[0], config] if config and config.parent == weights[0].parent else None
-
-
-def _in_cache(repository: str, name: str) -> Path | None:
-    found = try_to_load_from_cache(repository, name)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _reach_hub(model: Model) -> None:
-    """ModelError within seconds unless the hub answers; its own client tries for a minute."""
-    if hub_constants.HF_HUB_OFFLINE:
-        found = "HF_HUB_OFFLINE is set, and they are not in its local cache"
-    elif not _answers(hub_constants.ENDPOINT):
-        found = f"no answer from {hub_constants.ENDPOINT}, and they are not in its local cache"
-    else:
-        return
-    raise ModelError(f"the weights {model.hub}", found, model.model_rev, NO_HUB_HINT)
-
-
-def _answers(url: str) -> bool:
-    """Whether anything speaks HTTP there, through the proxy if the environment names one.
-
-    A thread, since looking up a host's name heeds no timeout.
-    """
-    reached = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            with contextlib.closing(urllib.request.urlopen(request, timeout=PROBE_S)):
-                reached.set()
-        except urllib.error.HTTPError:
-            reached.set()  # a refusal is an answer too
-        except (OSError, ValueError) as error:
-            # certificates are the client's matter: it has its own, urllib may lack them
-            if "CERTIFICATE" in str(error):
-                reached.set()
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_S + 1)
-    return reached.is_set()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from pipeline.database.catalog import has_table
 from pipeline.database.connection import connect, fetch, quoted, translated_errors
 from pipeline.database.pending import Pending, prepare
 from pipeline.encoder.model import Model, model_of, resolve_device, resolve_precision
-from pipeline.encoder.weights import check_whole
 from pipeline.photos.files import PhotoError, PhotoFolder, check_image_root
 from pipeline.stage.errors import (
     DatabaseError,
@@ -129,13 +128,10 @@ class Preflight:
 
     def encoder(self) -> Iterator[Finding]:
         """The weights are here, or can be fetched."""
-        model = self.model
-        if model.checkpoint is not None:
-            check_whole(model.checkpoint)
-        else:
-            from pipeline.encoder.tower import weights_present  # loads torch: seconds
+        from pipeline.encoder.weights import weights_present  # loads the hub's client
 
-            weights_present(model)
+        model = self.model
+        weights_present(model)
         name = self.chosen.model_rev or model.model_rev
         yield Finding("ok", f"model: {name}, {model.embed_dim}-d, weights present")
 
