@@ -46,13 +46,10 @@ def select_images(
     first, then lowest image_index, then storage_path. A listing whose images are all excluded
     falls back to its first K by image_index, marked `fallback`. Returns `parquet.SELECTED`.
     """
-    excluded = pl.lit(False)
-    if exclude_stock:
-        excluded |= pl.col("is_stock_photo")
-    if exclude_screenshots:
-        excluded |= pl.col("battery_screenshot")
+    stock = pl.lit(exclude_stock) & pl.col("is_stock_photo")
+    screenshot = pl.lit(exclude_screenshots) & pl.col("battery_screenshot")
     return (
-        candidates.with_columns(listing=pl.struct(LISTING).rle_id(), excluded=excluded)
+        candidates.with_columns(listing=pl.struct(LISTING).rle_id(), excluded=stock | screenshot)
         .with_columns(fallback=pl.col("excluded").all().over("listing"))
         .filter(~pl.col("excluded") | pl.col("fallback"))
         .with_columns(order=pl.when("fallback").then(0).otherwise(-pl.col("score")))
@@ -103,26 +100,25 @@ class ShardWriter:
     """Spreads rows over the shards' writers, in row groups that do not shrink with their number."""
 
     def __init__(self, writers: list[pq.ParquetWriter]) -> None:
-        self.writers = writers
-        self.buffers: list[list[pl.DataFrame]] = [[] for _ in writers]
+        self.shards: list[tuple[pq.ParquetWriter, list[pl.DataFrame]]] = [(w, []) for w in writers]
         self.buffered = 0
 
     def write(self, selected: pl.DataFrame) -> None:
         """Add rows, each to the shard of its listing."""
-        shard = shard_of(pl.col("listing_id"), len(self.writers)).alias("shard")
+        shard = shard_of(pl.col("listing_id"), len(self.shards)).alias("shard")
         for (number,), rows in (
             selected.with_columns(shard)
             .partition_by("shard", as_dict=True, include_key=False)
             .items()
         ):
-            self.buffers[int(number)].append(rows)
+            self.shards[int(number)][1].append(rows)
         self.buffered += selected.height
         if self.buffered >= BUFFERED_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write what is buffered."""
-        for writer, buffer in zip(self.writers, self.buffers, strict=True):
+        for writer, buffer in self.shards:
             if buffer:
                 writer.write_table(_arrow(pl.concat(buffer)), row_group_size=parquet.ROW_GROUP)
                 buffer.clear()

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import aggregate as stage
 from pipeline.stage import parquet
-from pipeline.stage.errors import DataError
+from pipeline.stage.errors import DataError, WrongImageRoot
 from pipeline.stage.settings import Settings
 
 T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
@@ -235,10 +235,22 @@ def test_many_batches_give_the_same_rows(job: Stage, monkeypatch: Any) -> None:
     second = (job.folder / "vectors.parquet").read_bytes()
     monkeypatch.setattr(stage, "BATCH_ROWS", 4)
     split, _ = job.run()
+    batches = pq.read_metadata(job.folder / "vectors.parquet").num_row_groups
 
     assert [(n, 3) for n in range(20)] == [(row["listing_id"], row["n_images"]) for row in whole]
     assert whole == split
+    assert 1 < batches
     assert first == second
+
+
+def test_row_groups_have_a_limit(job: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors are written in row groups that a reader can take one by one."""
+    monkeypatch.setattr(parquet, "VECTOR_ROW_GROUP", 3)
+    job.shard(*[image(n, 1, [1.0, 0.0]) for n in range(7)])
+    job.run()
+    footer = pq.read_metadata(job.folder / "vectors.parquet")
+
+    assert [3, 3, 1] == [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
 
 @pytest.mark.parametrize(
@@ -258,3 +270,93 @@ def test_shards_of_different_makes_are_refused(job: Stage, other: dict[str, Any]
         job.run()
     assert not (job.folder / "vectors.parquet").exists()
     assert not (job.folder / "failures.json").exists()
+
+
+GONE = "missing: no such file"
+
+
+def test_a_run_without_one_photo_is_a_wrong_root(job: Stage) -> None:
+    """With not one photo of two listings there, nothing is written; encode looks again."""
+    job.shard(image(1, 1, None, GONE), image(1, 2, None, GONE))
+    job.shard(image(2, 1, None, GONE))
+    shards = sorted(job.folder.glob("shard*"))
+    with pytest.raises(WrongImageRoot) as error:
+        job.run()
+
+    assert (
+        "expected one photo at least of the run under IMAGE_ROOT_DIR, found none of 3, of 2"
+        " listings (nothing waits, nothing is loaded); hint: check IMAGE_ROOT_DIR; if they are all"
+        " to come later: --config max_failed_fraction=1"
+    ) == str(error.value)
+    assert 2 == len(shards)
+    assert ["images.parquet"] == [path.name for path in job.folder.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "there", "settings"),
+    [
+        ([image(1, 1, None, GONE), image(1, 2, None, GONE)], 0, {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, "broken: no image")], 0, {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], 1, {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], 0, {"max_failed_fraction": 1}),
+    ],
+    ids=["one listing", "one file", "another's photo", "as announced"],
+)
+def test_photos_that_are_not_there_wait(
+    job: Stage, rows: list[dict[str, Any]], there: int, settings: dict[str, Any]
+) -> None:
+    """One listing is no evidence of a wrong root, and one photo under it is evidence against."""
+    job.shard(*rows, made_by={**MADE_BY, "witnesses_there": there})
+    vectors, failures = job.run(**settings)
+
+    assert [] == vectors
+    assert sorted({row["listing_id"] for row in rows}) == sorted(
+        row["listing_id"] for row in failures["listings_without_vector"]
+    )
+
+
+def test_the_command(
+    job: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each flag has its effect, and the last line says what became of how many images."""
+    job.shard(image(1, 1, [1.0, 0.0]), image(1, 2, None, GONE), image(2, 1, None, GONE))
+    job.run()
+    written = {name: job.folder / "again" / name for name in ("vectors", "without", "failures")}
+    key = [f"--{name.replace('_', '-')}={value}" for name, value in IDENTITY.items()]
+    words = [
+        "--encoded", job.folder / "shard0.parquet", "--images", job.folder / "images.parquet",
+        "--output", written["vectors"], "--without-vector", written["without"],
+        "--failures", written["failures"], *key,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["aggregate", *map(str, words)])
+    with caplog.at_level("INFO", "pipeline"):
+        stage.main()
+
+    assert [(1, "s", "m", "p")] == [
+        (row["listing_id"], *(row[name] for name in IDENTITY))
+        for row in pq.read_table(written["vectors"]).to_pylist()
+    ]
+    assert [2] == pq.read_table(written["without"])["listing_id"].to_pylist()
+    assert 3 == json.loads(written["failures"].read_text())["images"]
+    assert f"1 listings from 3 images, 2 failed -> {written['vectors']}" == caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--encoded", "--images", "--output", "--without-vector", "--failures", "--source",
+             "--model-rev"],
+)  # fmt: skip
+def test_the_command_needs_its_files_and_the_key(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one of them it names the flag, before anything is read or written."""
+    flags = {
+        "--encoded": "e", "--images": "i", "--output": "o", "--without-vector": "w",
+        "--failures": "f", "--source": "s", "--model-rev": "m",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() if name != flag for word in (name, value)]
+    monkeypatch.setattr("sys.argv", ["aggregate", *words])
+    with pytest.raises(SystemExit) as ended:
+        stage.main()
+
+    assert 2 == ended.value.code
+    assert flag in capsys.readouterr().err.splitlines()[-1]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import parts as parts_module
@@ -99,7 +100,9 @@ def test_errors_are_remembered(folder: Path) -> None:
     with VectorCache(folder, DIM) as cache:
         cache.add("bad", 10, 1, digest("bad"), None, "broken: truncated")
         put(cache, "good1")
+        both = cache.lookup_digests([digest("bad"), digest("good1"), digest("x")])
 
+    assert len(both) == 2
     assert axes(VectorCache(folder, DIM), "good1", "bad") == [1, "broken: truncated"]
 
 
@@ -138,6 +141,7 @@ def test_many_rows_across_parts_come_back_in_the_order_asked(
     shuffled = np.random.default_rng(0).permutation(names).tolist()
 
     assert len(parts(folder)) == 4
+    assert [pq.read_metadata(part).num_row_groups for part in parts(folder)] == [2, 2, 2, 1]
     assert axes(VectorCache(folder, DIM), *shuffled) == [int(n[-1]) % DIM for n in shuffled]
 
 
@@ -210,6 +214,19 @@ def test_flushes_by_itself_after_seconds(folder: Path, monkeypatch: pytest.Monke
     assert parts(folder) == []
     monkeypatch.setattr(vectors_module, "FLUSH_S", 0.0)
     cache.refresh()
+
+    assert len(parts(folder)) == 1
+
+
+def test_flushes_by_itself_after_so_many_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one image earlier nor one later."""
+    monkeypatch.setattr(vectors_module, "FLUSH_ROWS", 3)
+    cache = VectorCache(folder, DIM)
+    put(cache, "a1", "a2")
+    assert parts(folder) == []
+    put(cache, "a3")
 
     assert len(parts(folder)) == 1
 
@@ -324,6 +341,135 @@ def test_prune_merges_parts_and_drops_replaced_entries(folder: Path) -> None:
     assert prune(root) == 0
 
 
+def test_a_cache_that_is_not_there_has_nothing_to_prune(tmp_path: Path) -> None:
+    """No cache, no figures and nothing freed."""
+    assert prune(tmp_path) == 0
+    assert stats(tmp_path) == []
+
+
+def test_prune_goes_by_the_file_where_every_entry_was_replaced(folder: Path) -> None:
+    """A part of which nothing is left goes, be the photos looked at or not."""
+    photo = folder.parent.parent / "a1"
+    photo.write_bytes(b"ten bytes!")
+    os.utime(photo, ns=(1, 1))
+    cache = VectorCache(folder, DIM)
+    for axis in (2, 3):
+        put(cache, "a1", axis=axis)
+        cache.flush()
+    prune(folder.parent.parent, root=photo.parent)
+
+    assert len(parts(folder)) == 1
+    assert axes(VectorCache(folder, DIM), "a1") == [3]
+
+
+def test_what_is_merged_has_at_most_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours are merged up to the limit and not beyond; a part of more stays by itself."""
+    monkeypatch.setattr(prune_module, "MERGED_ROWS", 4)
+
+    assert list(prune_module._runs([1, 3, 1, 5, 2, 1, 1, 3, 2])) == [
+        [0, 1], [2], [3], [4, 5, 6], [7], [8]
+    ]  # fmt: skip
+    assert list(prune_module._runs([])) == []
+
+
+def test_prune_goes_on_after_a_part_that_needs_no_merge(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is long enough stays as it is, and the smaller ones after it become one."""
+    monkeypatch.setattr(prune_module, "MERGED_ROWS", 2)
+    monkeypatch.setattr(prune_module, "ROW_GROUP", 1)
+    cache = VectorCache(folder, DIM)
+    for names in (["a1", "a2"], ["a3"], ["a4"]):
+        put(cache, *names)
+        cache.flush()
+    whole = parts(folder)[0].name
+    prune(folder.parent.parent)
+    footers = [pq.read_metadata(part) for part in parts(folder)]
+
+    assert whole == parts(folder)[0].name
+    assert [(footer.num_rows, footer.num_row_groups) for footer in footers] == [(2, 1), (2, 2)]
+
+
+def test_parts_that_cannot_be_merged_stay(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line says so, the parts are what they were, and the rest is merged."""
+    for name, dim in (("a1", DIM), ("a2", DIM + 1)):
+        cache = VectorCache(folder, dim)
+        cache.add(name, 10, 1, digest(name), np.eye(dim, dtype=np.float32)[1], None)
+        cache.flush()
+    other = VectorCache(folder.parent / "g", DIM)
+    for name in ("b1", "b2"):
+        put(other, name)
+        other.flush()
+    before = parts(folder)
+    caplog.clear()
+    prune(folder.parent.parent)
+
+    assert parts(folder) == before
+    assert len(parts(folder.parent / "g")) == 1
+    (said,) = caplog.messages
+    assert said.startswith(f"2 parts in {folder} are not merged: Schema at index 1 was different")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (OSError(5, "Input/output error"), True),
+        (OSError("Couldn't deserialize thrift"), False),
+        (pa.ArrowInvalid("Parquet magic bytes not found"), False),
+    ],
+    ids=["disk", "page", "footer"],
+)
+def test_prune_removes_what_no_one_can_read(
+    folder: Path, error: Exception, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is no file goes, one that the disk failed to give stays, the rest merges."""
+    cache = VectorCache(folder, DIM)
+    for name in ("a1", "a2", "a3"):
+        put(cache, name)
+        cache.flush()
+    unreadable = parts(folder)[0]
+
+    def keys(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        if path == unreadable:
+            raise error
+        return parts_module.keys(path)
+
+    monkeypatch.setattr(prune_module, "keys", keys)
+    prune(folder.parent.parent)
+
+    assert unreadable.exists() == stays
+    assert len(parts(folder)) == 1 + stays
+    assert axes(VectorCache(folder, DIM), "a2", "a3") == [2, 3]
+
+
+def test_prune_and_another_may_remove_the_same_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that went between its listing and its removal is no error."""
+    with VectorCache(folder, DIM) as cache:
+        put(cache, "a1")
+    listed = [parts_module.new_name(), *parts_module.part_names(folder)]
+    monkeypatch.setattr(prune_module, "part_names", lambda folder: listed)
+    prune(folder.parent.parent, keep=())
+
+    assert parts(folder) == []
+
+
+def test_figures_leave_out_what_cannot_be_read(folder: Path) -> None:
+    """Entries, failures and parts are counted over all parts but those without a footer."""
+    cache = VectorCache(folder, DIM)
+    (folder / "part-1-1-1.parquet").parent.mkdir(parents=True)
+    (folder / "part-1-1-1.parquet").write_bytes(b"rubbish")
+    for name in ("bad1", "bad2"):
+        cache.add(name, 10, 1, digest(name), None, "broken")
+        put(cache, f"good{name}")
+        cache.flush()
+    (figures,) = stats(folder.parent.parent)
+
+    assert (figures.entries, figures.failures, figures.parts) == (4, 2, 2)
+
+
 def test_a_reader_finds_everything_while_parts_are_merged(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -351,9 +497,13 @@ def test_prune_keeps_within_limits(folder: Path) -> None:
     photos.mkdir()
     (photos / "a1").write_bytes(b"ten bytes!")
     os.utime(photos / "a1", ns=(1, 1))
-    with VectorCache(folder, DIM) as cache, VectorCache(folder.parent / "g", DIM) as other:
-        put(cache, "a1", "a2")
-        put(other, "b1")
+    cache = VectorCache(folder, DIM)
+    for name in ("a1", "a2", "a1"):
+        put(cache, name)
+        cache.flush()
+    for other in ("e", "g"):
+        with VectorCache(folder.parent / other, DIM) as others:
+            put(others, "b1")
 
     prune(root, keep={"f"})
     assert [s.folder for s in stats(root)] == ["f"]
@@ -389,18 +539,17 @@ def test_prune_drops_what_is_older_than_so_many_days(
 
 
 def test_prune_drops_the_oldest_parts_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three parts in two folders, one too many for the limit, the oldest goes."""
+    """As many of the oldest go, whatever their folder, as are too many for the limit."""
     monkeypatch.setattr(prune_module, "MERGED_ROWS", 1)
-    _part_of(folder, monkeypatch, 2, "a1")
-    _part_of(folder.parent / "e", monkeypatch, 3, "a2")
-    _part_of(folder.parent / "g", monkeypatch, 1, "a3")
+    for name, hours in {"e": 1, "f": 3, "g": 4, "h": 2}.items():
+        _part_of(folder.parent / name, monkeypatch, hours, "a1")
     size = sum(part.stat().st_size for part in parts(folder.parent))
-    prune(folder.parent.parent, max_bytes=size)
-    kept = len(parts(folder.parent))
-    prune(folder.parent.parent, max_bytes=size - 1)
+    kept = []
+    for most in (size, size - 1, size // 2, size // 2 - 1):
+        prune(folder.parent.parent, max_bytes=most)
+        kept.append("".join(part.parent.name for part in parts(folder.parent)))
 
-    assert kept == 3
-    assert [part.parent.name for part in parts(folder.parent)] == ["f", "g"]
+    assert kept == ["efgh", "efh", "eh", "e"]
 
 
 def test_a_merged_part_is_as_old_as_its_newest_origin(
@@ -447,6 +596,34 @@ def test_a_folder_that_takes_no_files_is_one_line(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="expected a cache folder that takes files"):
         cache.flush()
+
+
+def test_a_cache_that_takes_no_files_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shard goes on without it, and is told so once."""
+    (tmp_path / "vectors").write_text("a file where a folder should be")
+    for _ in range(2):
+        with VectorCache(tmp_path / "vectors" / "f", DIM) as cache:
+            for _ in range(2):
+                put(cache, "a1")
+                cache._write_or_forget()
+
+    assert len(caplog.messages) == 2
+    assert all("going on: what is not cached will be encoded" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("one line\nand more"), "one line"), (KeyError(), "KeyError")],
+)
+def test_an_unreadable_part_is_named_in_one_line(
+    error: Exception, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the reader raised, the warning says which part and why."""
+    parts_module.warn_of_part(Path("f/part"), error)
+
+    assert caplog.messages == [f"cache part f/part cannot be read and counts as missing: {said}"]
 
 
 def test_no_cache_keeps_nothing() -> None:

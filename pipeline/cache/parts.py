@@ -108,7 +108,7 @@ def table_of(entries: list[Entry], dim: int) -> pa.Table:
     for row, entry in enumerate(entries):
         if entry.vec is not None:
             vectors[row] = entry.vec
-    null = pa.array([entry.vec is None for entry in entries], pa.bool_())
+    null = pa.array([entry.vec is None for entry in entries])
     columns = {
         "storage_path": [entry.storage_path for entry in entries],
         "size": [entry.size for entry in entries],
@@ -146,5 +146,9 @@ def matrix(column: pa.ChunkedArray, dim: int) -> tuple[Vectors, npt.NDArray[np.b
 
 
 def warn_of_part(path: Path, error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    log.warning("cache part %s cannot be read and counts as missing: %s", path, reason)
+    log.warning("cache part %s cannot be read and counts as missing: %s", path, first_line(error))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

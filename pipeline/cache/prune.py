@@ -26,12 +26,14 @@ from pipeline.cache.parts import (
     VECTORS,
     Hashes,
     Ints,
+    first_line,
     keys,
     new_name,
     part_names,
     warn_of_part,
     written_ns,
 )
+from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
 from pipeline.stage.parquet import metadata, remove_abandoned, writer
 
@@ -107,7 +109,7 @@ def _merge(folder: Path, root: Path | None) -> None:
             if any(len(r) for r in rows):
                 _write_merged(folder, paths, rows)
         except UNREADABLE as error:
-            warn_of_part(paths[-1], error)
+            log.warning("%d parts in %s are not merged: %s", len(run), folder, first_line(error))
         else:
             _unlink(paths)
 
@@ -134,9 +136,9 @@ def _kept_rows(folder: Path) -> tuple[list[str], list[Ints]]:
     if not names:
         return [], []
     every = np.concatenate(places)
-    written = np.array([written_ns(name) for name in names], np.int64)
+    written = np.array([written_ns(name) for name in names])
     best = np.sort(every[newest(np.concatenate(hashes), every, written)]).astype(np.int64)
-    bounds = np.searchsorted(best, np.arange(len(names) + 1, dtype=np.int64) << 32)
+    bounds = np.searchsorted(best, np.arange(len(names) + 1) << 32)
     return names, [
         best[start:stop] & 0xFFFFFFFF for start, stop in itertools.pairwise(bounds.tolist())
     ]

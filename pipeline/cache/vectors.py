@@ -296,7 +296,7 @@ class NoCache(VectorCache):
     """Finds nothing and keeps nothing: what a benchmark measures with."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(Path(os.devnull), dim, read=False)
+        super().__init__(Path(os.devnull), dim)
 
     def add(
         self,
