@@ -18,6 +18,7 @@ import pytest
 from pipeline.cache import parts as parts_module
 from pipeline.cache import prune as prune_module
 from pipeline.cache import vectors as vectors_module
+from pipeline.cache.index import Index, Parts, newest
 from pipeline.cache.prune import prune, stats
 from pipeline.cache.vectors import NoCache, VectorCache
 from pipeline.encoder.model import Fingerprint
@@ -71,8 +72,10 @@ def folder(tmp_path: Path) -> Path:
 def test_finds_by_file_and_by_content_what_was_added(folder: Path) -> None:
     """A vector comes back bit by bit, by its file and by its bytes, before and after the write."""
     vec = np.array([0.6, 0, -0.8, 0], np.float32)
-    for cache in (VectorCache(folder, DIM), VectorCache(folder, DIM)):
-        if cache.entries == 0:
+    for already in (0, 1):
+        cache = VectorCache(folder, DIM)
+        assert cache.entries == already
+        if not already:
             cache.add("a.jpg", 5, 6, digest("a"), vec, None)
         by_file = cache.lookup_files(["x", "a.jpg"], np.array([5, 5]), np.array([6, 6]))
         by_content = cache.lookup_digests([digest("a"), digest("x")])
@@ -190,10 +193,57 @@ def test_force_finds_only_what_this_run_adds_and_wins_later(folder: Path) -> Non
     assert axes(forced, "a1", "a2") == [None, None]
     put(forced, "a1", axis=3)
     forced.flush()
-    forced.refresh()
 
+    assert forced.refresh() == 0
     assert axes(forced, "a1", "a2") == [3, None]
     assert axes(VectorCache(folder, DIM), "a1", "a2") == [3, 2]
+
+
+def test_the_index_keeps_segments_of_halving_lengths() -> None:
+    """An addition is merged with what is not twice as long, so that a lookup searches few."""
+    index = Index(Parts())
+    part = index._parts.add("part-5-1-1.parquet") << np.uint64(32)
+    lengths = []
+    for start, count in ((0, 4), (4, 2), (6, 1), (7, 1), (8, 0)):
+        rows = np.arange(start, start + count, dtype=np.uint64)
+        index.add(rows, part | rows)
+        lengths.append([len(hashes) for hashes, _ in index._segments])
+
+    assert lengths == [[4], [4, 2], [4, 2, 1], [8], [8]]
+    assert index.find(np.array([7, 9, 0], np.uint64)).tolist() == [7, -1, 0]
+
+
+def test_the_newest_place_is_that_of_the_newest_part() -> None:
+    """Of one hash, the part that was written last counts, then the higher place."""
+    hashes = np.array([7, 7, 7, 3, 3], np.uint64)
+    places = np.array([1 << 32, 0, 2 << 32, 4, 5], np.uint64)
+
+    assert newest(hashes, places, np.array([3, 9, 5], np.int64)).tolist() == [4, 0]
+
+
+def test_parts_are_listed_oldest_first(tmp_path: Path) -> None:
+    """By the time in their names, a number, and then by name."""
+    names = ["part-9-1-1.parquet", "part-10-1-1.parquet", "part-10-2-1.parquet"]
+    for name in (*reversed(names), "part-8-1-1.json", "apart-8-1-1.parquet"):
+        (tmp_path / name).touch()
+
+    assert parts_module.part_names(tmp_path) == names
+
+
+def test_rows_of_a_slice_are_its_own() -> None:
+    """Hashes and vectors of some rows of a table are those of the rows, wherever they begin."""
+    table = parts_module.table_of(
+        [
+            parts_module.Entry(n, 10, 1, digest(n), unit(int(n[1])), None)
+            for n in ("a1", "a2", "a3")
+        ],
+        DIM,
+    )
+    hashes, (vectors, _) = parts_module.digest_hashes(table), parts_module.matrix(table["vec"], DIM)
+    middle = table.slice(1, 1)
+
+    assert parts_module.digest_hashes(middle).tolist() == hashes[1:2].tolist()
+    assert parts_module.matrix(middle["vec"], DIM)[0].tolist() == vectors[1:2].tolist()
 
 
 def test_refresh_takes_in_the_parts_of_others(folder: Path) -> None:

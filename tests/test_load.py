@@ -20,6 +20,7 @@ from pipeline import load as stage
 from pipeline.database import connection as connections
 from pipeline.database import registry, target
 from pipeline.database.registry import MadeBy
+from pipeline.encoder.model import identity_of, model_of
 from pipeline.stage import parquet
 from pipeline.stage.errors import DatabaseError, MixedVectors
 from pipeline.stage.settings import Environment, Identity, Settings
@@ -412,6 +413,53 @@ def test_a_registry_without_recipes_gets_the_column(load: Load) -> None:
     assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
 
 
+def test_a_registry_that_is_not_there_is_made(load: Load) -> None:
+    """By the load itself, where its role may."""
+    load.database.execute(f"DROP TABLE {REGISTRY}")
+    load.run((1, [1, 0, 0], 1))
+
+    assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
+
+
+def test_a_plan_knows_what_the_load_would_refuse(load: Load, encoder: Path) -> None:
+    """Before anything is encoded: nothing, a refusal, or with force what is to be replaced."""
+    chosen = Settings(model_name=f"local-dir:{encoder}", source="s")
+    model, environment = model_of(chosen), Environment.read({})
+    made_by = MadeBy.planned(chosen, model)
+    topk_2 = chosen.model_copy(update={"topk": 2})
+    forced = topk_2.model_copy(update={"force": True})
+    with connections.connect() as connection, connection.cursor() as cursor:
+        before = registry.displaced(cursor, environment, topk_2, model)
+        registry.claim(cursor, environment, identity_of(chosen, model), made_by)
+        registered = registry.registered(cursor, environment)
+        same, other = (registry.displaced(cursor, environment, s, model) for s in (chosen, forced))
+        with pytest.raises(MixedVectors, match="found topk 2 instead of 5"):
+            registry.displaced(cursor, environment, topk_2, model)
+
+    assert chosen.recipe == made_by.recipe
+    assert {identity_of(chosen, model): made_by} == registered
+    assert [None, None, made_by] == [before, same, other]
+
+
+def test_a_registry_that_may_not_be_read_tells_nothing(load: Load) -> None:
+    """To a role without the right, and to all where there is none."""
+    load.run((1, [1, 0, 0], 1))
+    role = f"reader_{os.getpid()}"
+    load.database.execute(f'CREATE ROLE "{role}"')
+    found = []
+    try:
+        load.database.execute(f'GRANT USAGE ON SCHEMA ml TO "{role}"')
+        with connections.connect() as connection, connection.cursor() as cursor:
+            for statement in (f'SET ROLE "{role}"', "RESET ROLE", f"DROP TABLE {REGISTRY}"):
+                cursor.execute(statement)
+                found.append(len(registry.registered(cursor, Environment.read({}))))
+    finally:
+        load.database.execute(f'DROP OWNED BY "{role}"')
+        load.database.execute(f'DROP ROLE "{role}"')
+
+    assert [0, 1, 0] == found
+
+
 @pytest.mark.parametrize(
     ("sql", "warning"),
     [
@@ -542,7 +590,8 @@ def test_a_key_that_is_retired_while_a_load_waits_for_it_is_registered_anew(load
             thread.join(0.01)
         with retiring.cursor() as cursor:
             cursor.execute("DELETE FROM ml.img_vec512_v1")
-            registry.retire(cursor, Environment.read({}), Identity(**IDENTITY))
+            key = Environment.read({}), Identity(**IDENTITY)
+            assert [True, False] == [registry.retire(cursor, *key) for _ in range(2)]
         retiring.commit()
     thread.join(60)
 

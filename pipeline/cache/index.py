@@ -67,8 +67,8 @@ class Index:
     def find(self, wanted: Hashes) -> Ints:
         """The place of each hash, -1 where there is none."""
         written, there = self._parts.written, self._parts.there
-        best = np.full(len(wanted), -1, np.int64)
-        age = np.full(len(wanted), -1, np.int64)
+        best = np.full(len(wanted), -1)
+        age = np.full(len(wanted), -1)
         for hashes, places in self._segments:
             at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
             place = places[at].astype(np.int64)

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.stage.command import log
-from pipeline.stage.parquet import dimension
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -75,14 +74,12 @@ def part_names(folder: Path) -> list[str]:
 
 def written_ns(name: str) -> int:
     """When a part was written, in nanoseconds since 1970, by its name."""
-    return int(name.split("-", 2)[1])
+    return int(name.split("-")[1])
 
 
-def keys(path: Path, dim: int | None = None) -> tuple[Hashes, Hashes]:
-    """The two hashes of each row. ValueError: the part has another dimension than `dim`."""
+def keys(path: Path) -> tuple[Hashes, Hashes]:
+    """The two hashes of each row."""
     with pq.ParquetFile(path) as file:
-        if dim is not None and (found := dimension(file.schema_arrow)) != dim:
-            raise ValueError(f"vectors of {found} dimensions, not {dim}")
         table = file.read(columns=[*FILE_KEY, "digest"], use_threads=False)
     return file_hashes(table), digest_hashes(table)
 

@@ -132,7 +132,7 @@ class VectorCache:
 
         Made for thousands of rows a call, in the order in which they were added.
         """
-        columns = [pa.array(paths, pa.string()), pa.array(sizes), pa.array(mtimes)]
+        columns = [pa.array(paths), pa.array(sizes), pa.array(mtimes)]
         asked = pa.table(columns, FILE_KEY)
         keys = zip(paths, sizes.tolist(), mtimes.tolist(), strict=True)
         unwritten = {
@@ -234,7 +234,7 @@ class VectorCache:
     def _keys(self, name: str) -> tuple[Hashes, Hashes] | None:
         """The two hashes of each row of a part; None, with a warning, if it cannot be read."""
         try:
-            return keys(self.folder / name, self.dim)
+            return keys(self.folder / name)
         except FileNotFoundError:
             return None  # merged into another by a prune since the folder was listed
         except UNREADABLE as error:
