@@ -600,6 +600,59 @@ def test_a_key_that_is_retired_while_a_load_waits_for_it_is_registered_anew(load
     assert [{"encoder": other, "recipe": RECIPE}] == load.registered()
 
 
+def test_the_command(
+    load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each flag has its effect, and the last line says what became of how many rows."""
+    load.run((1, [1, 0, 0], 1), (2, [1, 0, 0], 1), without=[failed(5)])
+    load.database.execute("UPDATE ml.img_vec512_v1 SET n_images = 7 WHERE listing_id = 1")
+    load.database.execute("DELETE FROM ml.img_vec512_v1 WHERE listing_id = 2")
+    receipt, cache = load.folder / "again" / "receipt.json", load.folder / "elsewhere"
+    words = [
+        "--vectors", load.folder / "vectors", "--listings", load.folder / "listings",
+        "--without-vector", load.folder / "without_vector", "--receipt", receipt,
+        "--cache-dir", cache, "--lock-timeout-s", "7", "--max-image-bytes", "9",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["load", *map(str, words)])
+    with caplog.at_level("INFO", "pipeline"):
+        stage.main()
+
+    assert (1, 1, 0) == counts(json.loads(receipt.read_text()))
+    (ledger,) = cache.glob("waiting-*.parquet")
+    (waiting,) = pq.read_table(ledger).to_pylist()
+    assert (5, [False, 9]) == (waiting["listing_id"], json.loads(waiting["limits"])[:2])
+    assert '1 inserted, 1 updated, 0 unchanged in "ml"."img_vec512_v1"' == caplog.messages[-1]
+
+
+def test_the_roles_sql_names_the_tables_of_the_environment() -> None:
+    """Each schema once, each table by its name, and rights to write the target alone."""
+    names = {"LISTINGS_SCHEMA": "a", "ASSETS_SCHEMA": "a", "ML_SCHEMA": "c", "VECTORS_TABLE": "v"}
+    sql = target.role_sql(Environment.read(names), "job")
+
+    assert [
+        'CREATE ROLE "job" LOGIN;',
+        'GRANT USAGE ON SCHEMA "a", "c" TO "job";',
+        'GRANT SELECT ON "a"."iphone_listings", "a"."iphone_image_assets",'
+        ' "c"."iphone_image_features_v1" TO "job";',
+        'GRANT SELECT, INSERT, UPDATE ON "c"."v", "c"."v_encoders" TO "job";',
+    ] == [line for line in sql.splitlines() if line.startswith(("CREATE", "GRANT"))]
+
+
+@pytest.mark.parametrize("flag", ["--vectors", "--listings", "--without-vector", "--receipt"])
+def test_the_command_needs_its_files(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one of them it names the flag, before anything is read or written."""
+    flags = {"--vectors": "v", "--listings": "l", "--without-vector": "w", "--receipt": "r"}
+    words = [word for name, value in flags.items() if name != flag for word in (name, value)]
+    monkeypatch.setattr("sys.argv", ["load", *words])
+    with pytest.raises(SystemExit) as ended:
+        stage.main()
+
+    assert 2 == ended.value.code
+    assert f"the following arguments are required: {flag}\n" in capsys.readouterr().err
+
+
 def test_a_failed_load_writes_nothing(load: Load) -> None:
     """All rows or none: one that the table refuses leaves no row and no receipt."""
     load.database.execute("ALTER TABLE ml.img_vec512_v1 ADD CHECK (n_images < 3)")

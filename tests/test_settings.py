@@ -470,8 +470,9 @@ def test_a_rule_names_the_settings_of_its_command(
     monkeypatch.setattr("sys.argv", [stage, "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(f"pipeline.{stage}").main()
-    flags = {
-        f.replace("-", "_") for f in re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.M)
-    }
+    text = capsys.readouterr().out
+    flags = {f.replace("-", "_") for f in re.findall(r"^  --([\w-]+)", text, re.M)}
+    module = importlib.import_module(f"pipeline.{stage}")
 
     assert named_at(stage) - {"weights"} == flags & Settings.model_fields.keys()
+    assert str(module.__doc__).splitlines()[0] in " ".join(text.split())

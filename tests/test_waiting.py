@@ -1,9 +1,8 @@
-"""A plan and a load cost the same however many listings wait: what they look at, read and hold."""
+"""Who waits for files: the ledger, what a plan looks at, and what ends the wait. Real files."""
 
+import hashlib
 import json
-import subprocess
-import sys
-from collections import Counter
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,175 +10,280 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
 
 from pipeline.database import waiting
-from pipeline.photos.files import FileStat, PhotoFolder
+from pipeline.database.waiting import NOBODY, Files, LeftOut
+from pipeline.photos.files import PhotoFolder
 from pipeline.stage import parquet
+from pipeline.stage.errors import StorageError
 from pipeline.stage.settings import Identity, Settings
 
-LOOKED_AT = 40
-IDENTITY = Identity("s", "m", "")
-HOUR = waiting.TURN_S
+T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
+KEY = Identity("s", "m", "")
 
 
-class Folder:
-    """A cache folder and an empty image root, with the photos that plans ask for."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.chosen = Settings(cache_dir=str(folder / "cache"))
-        self.photos = folder / "photos"
-        self.photos.mkdir()
-        self.failed = folder / "without_vector.parquet"
-        self.now = 0.0
-        self.asked: list[str] = []
-        stat = PhotoFolder.stat
-
-        def counted(photos: PhotoFolder, path: str) -> FileStat:
-            self.asked.append(path)
-            return stat(photos, path)
-
-        patch.setattr(PhotoFolder, "stat", counted)
-        patch.setattr(waiting, "LOOKED_AT", LOOKED_AT)
-        patch.setattr(waiting, "ROW_GROUP", LOOKED_AT // 4)
-        patch.setattr("time.time", lambda: self.now)
-
-    def wait(self, listings: int) -> None:
-        """Remember so many listings: 0 is the newest edit, each with a photo of its number."""
-        tried = self.failed.with_name("listings.parquet")
-        rows = [failed(i) for i in range(listings)]
-        write(self.failed, parquet.WITHOUT_VECTOR, rows)
-        write(tried, parquet.LISTINGS, [{k: row[k] for k in waiting.KEY} for row in rows])
-        waiting.remember(self.failed, tried, self.chosen, IDENTITY)
-
-    def plan(self) -> waiting.LeftOut:
-        """Who is left out by a plan at this hour; its looks replace those of the last one."""
-        self.asked.clear()
-        files = waiting.Files(self.chosen, self.photos)
-        return waiting.left_out(files, self.chosen, IDENTITY)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    return Folder(tmp_path, monkeypatch)
-
-
-def failed(listing: int) -> dict[str, Any]:
-    """A row of without_vector.parquet; the higher the number, the older the edit."""
-    file = {"storage_path": f"{listing}.jpg", "size": None, "mtime_ns": None, "error": "missing"}
-    edited = datetime(2026, 1, 1, tzinfo=UTC) - timedelta(seconds=listing)
-    return {"generation": 1, "listing_id": listing, "edited_date": edited, "candidates": "0" * 32,
-            "files": [file]}  # fmt: skip
-
-
-def write(path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    with parquet.writer(path, schema, {}) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=LOOKED_AT // 4)
-
-
-@pytest.mark.parametrize("listings", [LOOKED_AT, LOOKED_AT + 1, 10 * LOOKED_AT])
-def test_a_plan_looks_at_no_more_however_many_wait(folder: Folder, listings: int) -> None:
-    """So many files are looked at, each once and the newest always; nobody is let in for that."""
-    folder.wait(listings)
-    left_out = folder.plan()
-    looked = sorted(int(Path(path).stem) for path in folder.asked)
-
-    assert LOOKED_AT >= len(looked) == len(set(looked)) == left_out.looked_at.num_rows
-    assert list(range(LOOKED_AT // 2)) == looked[: LOOKED_AT // 2]
-    assert listings == left_out.looked_at.num_rows + left_out.unseen.num_rows
-    assert set(range(listings)) == {
-        listing for table in left_out for listing in table["listing_id"].to_pylist()
+def failed(listing: int, *paths: str | None, newer: int = 0, **stat: int) -> dict[str, Any]:
+    """A row of without_vector.parquet; the files were missing, or as `stat` says."""
+    files = [
+        {"storage_path": path, "size": None, "mtime_ns": None, "error": "e", **stat}
+        for path in paths
+    ]
+    return {
+        "generation": 1,
+        "listing_id": listing,
+        "edited_date": T0 + timedelta(microseconds=newer),
+        "candidates": f"c{listing}",
+        "files": files,
     }
 
 
-def test_plans_of_one_hour_look_at_the_same_and_in_the_end_at_all(folder: Folder) -> None:
-    """Else each plan of an hour would be another, or a listing would never have its turn."""
-    folder.wait(5 * LOOKED_AT)
-    folder.plan()
-    first = sorted(folder.asked)
-    folder.now = HOUR - 1
-    folder.plan()
-    again = sorted(folder.asked)
-    looked = Counter(folder.asked)
-    for hour in range(1, 200):
-        folder.now = hour * HOUR
-        folder.plan()
-        looked.update(folder.asked)
+class Nights:
+    """Runs over one folder of photos and one cache."""
 
-    assert first == again
-    assert {f"{i}.jpg" for i in range(5 * LOOKED_AT)} == set(looked)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.photos = folder / "photos"
+        self.photos.mkdir()
+        self.chosen = Settings(cache_dir=str(folder / "cache"))
+        self.ledger = waiting.ledger_of(folder / "cache", KEY)
+
+    def photo(self, name: str, size: int = 10, mtime_ns: int = 7) -> None:
+        (self.photos / name).write_bytes(b"x" * size)
+        os.utime(self.photos / name, ns=(mtime_ns, mtime_ns))
+
+    def write(self, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> Path:
+        with parquet.writer(self.folder / name, schema, {}) as writer:
+            keys = [{column: row[column] for column in schema.names} for row in rows]
+            writer.write_table(pa.Table.from_pylist(keys, schema))
+        return self.folder / name
+
+    def remember(self, *without: dict[str, Any], tried: tuple[dict[str, Any], ...] = ()) -> int:
+        """A load after which these have no vector, and those that were tried have one."""
+        return waiting.remember(
+            self.write("without", parquet.WITHOUT_VECTOR, list(without)),
+            self.write("tried", parquet.LISTINGS, [*without, *tried]),
+            self.chosen,
+            KEY,
+        )
+
+    def files(self) -> Files:
+        return Files(self.chosen, self.photos)
+
+    def left_out(self, **settings: Any) -> tuple[list[int], list[int]]:
+        """The listings that are left out: looked at, and unseen."""
+        out = waiting.left_out(self.files(), self.chosen.model_copy(update=settings), KEY)
+        assert ["generation", "listing_id", "edited_date", "candidates"] == (
+            out.looked_at.column_names
+        )
+        assert ["generation", "listing_id", "edited_date"] == out.unseen.column_names
+        assert bool(out) == bool(len(out.looked_at) + len(out.unseen))
+        return tuple(rows["listing_id"].to_pylist() for rows in out)  # type: ignore[return-value]
+
+    def changed_files(self, *without: dict[str, Any]) -> str:
+        path = self.write("without", parquet.WITHOUT_VECTOR, list(without))
+        return waiting.changed_files(self.files(), path)
 
 
-def test_of_what_failed_last_a_plan_looks_at_no_more(folder: Folder) -> None:
-    """A night of a million failures costs the plans after it as much as one of ten thousand."""
-    folder.wait(10 * LOOKED_AT)
-    (folder.photos / "0.jpg").write_bytes(b"here")
-    changed = waiting.changed_files(waiting.Files(folder.chosen, folder.photos), folder.failed)
-
-    assert changed
-    assert LOOKED_AT == len(folder.asked)
+@pytest.fixture
+def nights(tmp_path: Path) -> Nights:
+    return Nights(tmp_path)
 
 
-def test_of_the_others_a_plan_reads_their_keys_alone(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
+def test_nobody_is_left_out_without_a_ledger(nights: Nights) -> None:
+    """No ledger, nobody waits; and `NOBODY` is what an empty one gives."""
+    assert ([], []) == nights.left_out()
+    assert not NOBODY
+    assert LeftOut(NOBODY.looked_at, pa.table({"listing_id": [1]}))
+    assert LeftOut(pa.table({"listing_id": [1]}), NOBODY.unseen)
+
+
+def test_a_listing_waits_while_its_files_are_as_they_were(nights: Nights) -> None:
+    """One that appears, or changes in size or in time, ends the wait of its listing alone."""
+    for name in ("same", "longer", "later"):
+        nights.photo(name)
+    nights.remember(
+        failed(1, "gone", "same", size=10, mtime_ns=7),
+        failed(2, "longer", size=10, mtime_ns=7),
+        failed(3, "later", size=10, mtime_ns=7),
+        failed(4, "gone", "appears"),
+        failed(5, None, "outside/../../x"),
+    )
+    before = nights.left_out()
+    nights.photo("longer", size=11)
+    nights.photo("later", mtime_ns=8)
+    nights.photo("appears")
+
+    assert ([1, 2, 3, 4, 5], []) == before
+    assert ([1, 5], []) == nights.left_out()
+
+
+@pytest.mark.parametrize("limit", ["max_image_bytes", "max_image_pixels"])
+def test_who_failed_under_another_limit_is_tried_again(nights: Nights, limit: str) -> None:
+    """What was too large then may be read now, looked at or not."""
+    nights.remember(failed(1, "gone"))
+
+    assert ([1], []) == nights.left_out()
+    assert ([], []) == nights.left_out(**{limit: getattr(nights.chosen, limit) + 1})
+
+
+def test_a_plan_looks_at_some_and_leaves_out_all(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files and errors of a ledger, nearly all of its bytes, are read where they are needed."""
-    read: list[int] = []
-    original = pq.ParquetFile.read_row_groups
+    """The newest half and one block of the older are looked at, the rest left out unseen."""
+    monkeypatch.setattr(waiting, "LOOKED_AT", 4)
+    monkeypatch.setattr(waiting, "ROW_GROUP", 3)
+    nights.remember(*(failed(n, f"{n}.jpg", newer=-n) for n in range(7)))
+    for name in range(7):
+        nights.photo(f"{name}.jpg")
+    nights.photo("6.jpg", size=11)
+    monkeypatch.setattr(waiting.time, "time", lambda: 2 * 3600.0)
+    _, second = waiting.window(7, 2 * 3600.0)
 
-    def counted(file: pq.ParquetFile, groups: list[int], columns: list[str]) -> pa.Table:
-        read.extend(groups)
-        return original(file, groups, columns)
-
-    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counted)
-    folder.wait(10 * LOOKED_AT)
-    folder.plan()
-
-    assert LOOKED_AT // 2 + LOOKED_AT // 2 == len(read) * (LOOKED_AT // 4)
-
-
-# Peak memory of a process that remembers, in MB above what it held before.
-REMEMBER = """
-import json, sys
-from pathlib import Path
-import duckdb, numpy as np, pyarrow as pa
-from pipeline.database import waiting
-from pipeline.stage import parquet
-from pipeline.stage.settings import Identity, Settings
-
-def memory(name):
-    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) // 1024
-
-folder, listings = Path(sys.argv[1]), int(sys.argv[2])
-tried, without = folder / "listings.parquet", folder / "without_vector.parquet"
-with parquet.writer(tried, parquet.LISTINGS, {}) as writer:
-    for start in range(0, listings, 50_000):
-        ids = np.arange(start, start + 50_000)
-        columns = [np.ones(len(ids), np.int32), ids, -ids]
-        columns = [pa.array(c).cast(f.type) for c, f in zip(columns, parquet.LISTINGS)]
-        writer.write_table(pa.Table.from_arrays(columns, schema=parquet.LISTINGS))
-row = {"generation": 1, "listing_id": 1, "edited_date": 0, "candidates": "0" * 32, "files": []}
-with parquet.writer(without, parquet.WITHOUT_VECTOR, {}) as writer:
-    writer.write_table(pa.Table.from_pylist([row] * 10_000, parquet.WITHOUT_VECTOR))
-chosen, identity = Settings(cache_dir=str(folder / "cache")), Identity("s", "m", "")
-before = memory("VmRSS")
-for _ in range(2):  # the second finds a ledger, of which all are tried again
-    waiting.remember(without, tried, chosen, identity)
-print(json.dumps(memory("VmHWM") - before))
-"""
+    assert range(4, 6) == second
+    assert ([], [2, 3, 6]) == nights.left_out()
+    assert ([], []) == nights.left_out(max_image_bytes=1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read memory from")
-def test_memory_of_a_load_does_not_grow_with_its_listings(tmp_path: Path) -> None:
-    """Two million listings that were tried take what fifty thousand do; as objects, 600 MB more."""
-    peaks = []
-    for listings in (50_000, 2_000_000):
-        folder = tmp_path / str(listings)
-        folder.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", REMEMBER, str(folder), str(listings)],
-            capture_output=True, text=True, check=True, cwd=REPOSITORY,
-        )  # fmt: skip
-        peaks.append(json.loads(done.stdout))
+def test_all_are_looked_at_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest always, of the older a block at a time, the same for all plans of an hour."""
+    monkeypatch.setattr(waiting, "LOOKED_AT", 10)
+    hours = [waiting.window(17, 3600.0 * hour) for hour in range(12)]
 
-    assert peaks[1] < peaks[0] + 100
+    assert [[range(0)], [range(10)]] == [waiting.window(rows, 0.0) for rows in (0, 10)]
+    assert {range(5)} == {first for first, _ in hours}
+    assert {range(5, 10), range(10, 15), range(15, 17)} == {second for _, second in hours}
+    assert hours == [waiting.window(17, 3600.0 * hour + 3599.9) for hour in range(12)]
+
+
+def test_rows_are_those_of_the_blocks(tmp_path: Path) -> None:
+    """Whichever row groups they are in."""
+    pq.write_table(pa.table({"n": range(10), "m": range(10)}), tmp_path / "f", row_group_size=3)
+    with pq.ParquetFile(tmp_path / "f") as file:
+        for start in range(10):
+            for stop in range(start, 11):
+                blocks = [range(start, stop), range(2, 4)]
+                rows = waiting._rows(file, blocks, ["n"])
+
+                assert ["n"] == rows.column_names
+                assert [*blocks[0], 2, 3] == rows["n"].to_pylist()
+
+
+def test_what_has_changed_since_the_last_run(nights: Nights) -> None:
+    """Nothing, or a digest of the files that appeared or changed, by path, size and time."""
+    nights.photo("same")
+    nights.photo("other", size=11)
+    rows = failed(1, "gone", "same", "other", size=10, mtime_ns=7), failed(2, "new")
+    before = nights.changed_files(rows[1])
+    nights.photo("new", mtime_ns=8)
+    changed = json.dumps([["other", 11, 7], ["new", 10, 8]]).encode()
+
+    assert "" == before == nights.changed_files()
+    assert "" == waiting.changed_files(nights.files(), nights.folder / "none")
+    assert hashlib.sha256(changed).hexdigest()[:12] == nights.changed_files(*rows)
+
+
+def test_each_file_is_looked_at_once(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many listings and both questions are about it; a path that is null is none."""
+    stat, asked = PhotoFolder.stat, []
+
+    def counted(folder: PhotoFolder, path: str) -> Any:
+        asked.append(path)
+        return stat(folder, path)
+
+    monkeypatch.setattr(PhotoFolder, "stat", counted)
+    monkeypatch.setattr(waiting, "STAT_PATHS", 2)
+    rows = [failed(n, "shared", f"{n}.jpg", None) for n in range(5)]
+    nights.remember(*rows)
+    files = nights.files()
+    waiting.left_out(files, nights.chosen, KEY)
+    waiting.changed_files(files, nights.folder / "without")
+
+    assert ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "shared"] == sorted(asked)
+
+
+def test_a_file_system_that_fails_is_said_once(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits for it waits on, and it is not asked for each file."""
+    asked = []
+
+    def fails(folder: PhotoFolder, path: str) -> Any:
+        asked.append(path)
+        raise StorageError("a photo", "Input/output error", path)
+
+    monkeypatch.setattr(waiting, "STAT_THREADS", 1)
+    monkeypatch.setattr(PhotoFolder, "stat", fails)
+    nights.remember(failed(1, "a", "b"), failed(2, "c"))
+
+    assert ([1, 2], []) == nights.left_out()
+    assert ["a"] == asked
+    (said,) = caplog.messages
+    assert said.endswith("; listings that wait for files wait on")
+    assert "Input/output error (a)" in said
+
+
+@pytest.mark.parametrize(
+    ("ledger", "said"), [(b"PAR1 and\nno more", True), (None, False)], ids=["rubbish", "columns"]
+)
+def test_a_ledger_in_disorder_leaves_nobody_out(
+    nights: Nights, ledger: bytes | None, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits is tried again; one that is no Parquet file is a warning in one line."""
+    nights.ledger.parent.mkdir()
+    if ledger:
+        nights.ledger.write_bytes(ledger)
+    else:
+        pq.write_table(pa.table({"listing_id": [1]}), nights.ledger)
+
+    assert ([], []) == nights.left_out()
+    assert said == bool(caplog.messages)
+    for message in caplog.messages:
+        assert message.startswith(f"{nights.ledger} cannot be read: ")
+        assert message.endswith("; who waits is tried again")
+        assert "\n" not in message
+
+
+def test_who_is_tried_again_waits_no_more(nights: Nights) -> None:
+    """From the export on, whatever becomes of the run; an earlier edit that is tried ends none."""
+    nights.remember(failed(1, "a"), failed(2, "b"), failed(3, "c", newer=1))
+    tried = nights.write(
+        "tried", parquet.LISTINGS, [failed(1, newer=1), failed(3), failed(4), failed(5)]
+    )
+    waiting.release(tried, nights.chosen, KEY)
+
+    assert ([3, 2], []) == nights.left_out()
+
+
+def test_a_release_makes_no_ledger(nights: Nights) -> None:
+    """Where nobody waits, there is nothing to write."""
+    waiting.release(nights.write("tried", parquet.LISTINGS, [failed(1)]), nights.chosen, KEY)
+
+    assert not nights.ledger.parent.exists()
+
+
+def test_a_ledger_that_cannot_be_replaced_is_a_warning(
+    nights: Nights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on, told how many wait of its own."""
+    nights.remember(failed(1, "a"))
+    nights.ledger.unlink()
+    nights.ledger.mkdir()
+
+    assert 2 == nights.remember(failed(2, "b"), failed(3, "c"))
+    waiting.release(nights.folder / "tried", nights.chosen, KEY)
+    (said,) = caplog.messages
+    assert said.startswith(f"{nights.ledger} cannot be written: ")
+
+
+def test_a_ledger_is_left_alone_where_nothing_changes(nights: Nights) -> None:
+    """Newest edit first in it; a load of others writes nothing, nor does it forget any."""
+    first = nights.remember(failed(2, "b"), failed(3, "c", newer=1), failed(1, "a"))
+    before = nights.ledger.stat()
+    again = nights.remember(tried=(failed(7), failed(8)))
+    table = pq.read_table(nights.ledger)
+
+    assert (3, 3) == (first, again)
+    assert before.st_ino == nights.ledger.stat().st_ino
+    assert [3, 1, 2] == table["listing_id"].to_pylist()
+    assert waiting.LEDGER.equals(table.schema)
+    assert {"waiting": KEY._asdict()} == parquet.metadata(nights.ledger)
