@@ -194,7 +194,10 @@ class Workspace:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a running Postgres server."""
+    """The folder of a running Postgres server: one of its own, or the mutants', who share one."""
+    if shared := os.environ.get("TEST_SERVER"):
+        yield Path(shared)
+        return
     folder = tmp_path_factory.mktemp("postgres")
     with postgres.embedded_postgres(folder):
         yield folder
