@@ -22,7 +22,7 @@ T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
 KEY = Identity("s", "m", "")
 
 
-def failed(listing: int, *paths: str | None, newer: int = 0, **stat: int) -> dict[str, Any]:
+def failed(listing: int, *paths: str | None, newer: int = 0, **stat: Any) -> dict[str, Any]:
     """A row of without_vector.parquet; the files were missing, or as `stat` says."""
     files = [
         {"storage_path": path, "size": None, "mtime_ns": None, "error": "e", **stat}
@@ -69,15 +69,19 @@ class Nights:
     def files(self) -> Files:
         return Files(self.chosen, self.photos)
 
+    def judged(self, **settings: Any) -> LeftOut:
+        out = waiting.left_out(self.files(), self.chosen.model_copy(update=settings), KEY)
+        key = ["generation", "listing_id", "edited_date"]
+        assert [*key, "candidates", "reason"] == out.looked_at.column_names
+        assert [*key, "reason"] == out.unseen.column_names
+        assert key == out.changed.column_names
+        assert bool(out) == any(map(len, out))
+        return out
+
     def left_out(self, **settings: Any) -> tuple[list[int], list[int]]:
         """The listings that are left out: looked at, and unseen."""
-        out = waiting.left_out(self.files(), self.chosen.model_copy(update=settings), KEY)
-        assert ["generation", "listing_id", "edited_date", "candidates"] == (
-            out.looked_at.column_names
-        )
-        assert ["generation", "listing_id", "edited_date"] == out.unseen.column_names
-        assert bool(out) == bool(len(out.looked_at) + len(out.unseen))
-        return tuple(rows["listing_id"].to_pylist() for rows in out)
+        looked_at, unseen, _ = self.judged(**settings)
+        return looked_at["listing_id"].to_pylist(), unseen["listing_id"].to_pylist()
 
     def changed_files(self, *without: dict[str, Any]) -> str:
         path = self.write("without", parquet.WITHOUT_VECTOR, list(without))
@@ -93,8 +97,8 @@ def test_nobody_is_left_out_without_a_ledger(nights: Nights) -> None:
     """No ledger, nobody waits; and `NOBODY` is what an empty one gives."""
     assert ([], []) == nights.left_out()
     assert not NOBODY
-    assert LeftOut(NOBODY.looked_at, pa.table({"listing_id": [1]}))
-    assert LeftOut(pa.table({"listing_id": [1]}), NOBODY.unseen)
+    for name in NOBODY._fields:
+        assert NOBODY._replace(**{name: pa.table({"listing_id": [1]})})
 
 
 def test_a_listing_waits_while_its_files_are_as_they_were(nights: Nights) -> None:
@@ -115,6 +119,22 @@ def test_a_listing_waits_while_its_files_are_as_they_were(nights: Nights) -> Non
 
     assert ([1, 2, 3, 4, 5], []) == before
     assert ([1, 5], []) == nights.left_out()
+    assert [2, 3, 4] == nights.judged().changed["listing_id"].to_pylist()
+
+
+def test_the_reason_is_that_of_most_files(nights: Nights) -> None:
+    """Missing, broken and so on, without the detail; a listing without files was cancelled out."""
+    nights.remember(
+        failed(1, "a", "b", error="missing: no such file"),
+        {**failed(2), "files": [_tried("broken: x"), _tried("missing: y"), _tried("broken: z")]},
+        failed(3),
+    )
+
+    assert ["missing", "broken", "cancelled"] == nights.judged().looked_at["reason"].to_pylist()
+
+
+def _tried(error: str) -> dict[str, Any]:
+    return {"storage_path": "p", "size": None, "mtime_ns": None, "error": error}
 
 
 @pytest.mark.parametrize("limit", ["max_image_bytes", "max_image_pixels"])
