@@ -44,6 +44,18 @@ scattergather:
     encode=flow.shards(workflow),
 
 
+# A target asks for every file on its way: Snakemake notes a job that failed as done and removes its
+# files, and would not miss them while what follows from an earlier run is there.
+EXPORTED = ["results/export/listings.parquet", "results/export/images.parquet"]
+SELECTED = [*EXPORTED, *gather.encode("results/select/{scatteritem}.parquet")]
+ENCODED = [*SELECTED, *gather.encode("results/encode/{scatteritem}.parquet")]
+AGGREGATED = [
+    *ENCODED,
+    "results/aggregate/listing_vectors.parquet",
+    "results/aggregate/without_vector.parquet",
+]
+
+
 localrules:
     all,
     selected,
@@ -66,19 +78,19 @@ onerror:
 rule all:
     """Every pending listing in the table."""
     input:
-        flow.table,
+        flow.table(AGGREGATED),
 
 
 rule selected:
     """Stage one: all that needs the database before the load."""
     input:
-        gather.encode("results/select/{scatteritem}.parquet"),
+        SELECTED,
 
 
 rule vectors:
     """The dry run: everything but the load."""
     input:
-        "results/aggregate/listing_vectors.parquet",
+        AGGREGATED,
 
 
 rule export:

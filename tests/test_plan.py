@@ -103,7 +103,7 @@ def test_the_database_is_asked_once(database: Database, asked: list[dict[str, An
     fill(database, 2001, 5)
     flow, workflow = Workflow({}), snakemake()
     number = flow.shards(workflow)
-    flow.table(None)
+    flow.table([])(None)
     flow.export("limit_listings")(None)
 
     assert 2 == number

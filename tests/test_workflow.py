@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import (
     REPOSITORY,
+    T0,
     Run,
     Workspace,
     create_tables,
@@ -22,12 +23,14 @@ from conftest import (
     new_database,
     new_workspace,
 )
+from test_reliability import stage_of, start_snakemake
 
 from demo.encoder import random_encoder
 from pipeline.stage import parquet
 from pipeline.workflow.plan import Workflow
 
 STAGES = ["aggregate", "encode", "export", "load", "select"]
+STAGES_IN_ORDER = ["export", "select", "encode", "aggregate", "load"]
 AFTER_SELECT = ["aggregate", "encode", "load", "select"]
 AFTER_ENCODE = ["aggregate", "encode", "load"]
 LATER = "2026-02-02 12:00:00.000002+00"
@@ -307,7 +310,7 @@ def test_what_would_mix_is_refused_before_the_first_image(
     change(finished)
     before = finished.database.vectors()
     with planning(finished, monkeypatch, config) as flow, pytest.raises(SystemExit) as error:
-        flow.table(None)
+        flow.table([])(None)
 
     said = str(error.value).replace(flow.identity.model_rev, "KEY")
     assert said.startswith(f"error: {message}")
@@ -343,7 +346,7 @@ def test_what_is_not_registered_is_no_obstacle(
     for statement in statements:
         finished.database.execute(statement)
     with planning(finished, monkeypatch, {"exclude_stock": False}) as flow:
-        assert [] != flow.table(None)
+        assert [] != flow.table([])(None)
 
 
 def test_a_registry_that_may_not_be_read_is_no_obstacle(
@@ -510,6 +513,36 @@ def test_an_edited_listing_is_embedded_again(finished: Workspace) -> None:
     assert rows == [row for row in after if row[1] != LATER]
     assert {"same file": 2} == encoded(finished)
     assert {"inserted": 1, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(finished)
+
+
+@pytest.mark.parametrize("stage", ["export", "select", "encode", "aggregate", "load"])
+def test_a_stage_that_was_killed_is_run_again(finished: Workspace, stage: str) -> None:
+    """Alone, amid a run, as for want of memory: the next run takes up there, and misses nothing.
+
+    Snakemake notes a job that failed as done, and removes its files; what follows is still there.
+    """
+    finished.database.edit(1, LATER)
+    process = start_snakemake(finished)
+    stage_of(process, stage).kill()
+    process.communicate(timeout=120)
+    again = finished.run()
+
+    assert 0 != process.returncode
+    assert STAGES_IN_ORDER[STAGES_IN_ORDER.index(stage) :] == sorted(
+        again.rules, key=STAGES_IN_ORDER.index
+    )
+    assert [(1, T0, 2), (1, LATER, 2), (2, T0, 2)] == listings(finished)
+
+
+def test_a_killed_change_of_settings_is_not_forgotten(finished: Workspace) -> None:
+    """With nothing pending, too: what a setting asked for is made by the next run."""
+    process = start_snakemake(finished, decode="scaled")
+    stage_of(process, "encode").kill()
+    process.communicate(timeout=120)
+    again = finished.run(config={"decode": "scaled"})
+
+    assert 0 != process.returncode
+    assert AFTER_ENCODE == again.rules
 
 
 def test_a_row_deleted_from_the_table_comes_back(finished: Workspace) -> None:

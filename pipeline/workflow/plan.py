@@ -282,20 +282,25 @@ class Workflow:
             return 0
         return min(parquet.rows([IMAGES]), parquet.rows([LISTINGS]) * self.settings.topk)
 
-    @one_line_errors
-    def table(self, wildcards: object) -> list[str]:
-        """Target all: the receipt of the load, or nothing where there is nothing to load."""
-        if os.environ.get("PG_DSN") == NO_DATABASE:
-            raise SettingsError(
-                "PG_DSN of a database to load into", "none", "", "the target without is: vectors"
-            )
-        export = self._export
-        self._say_plan()
-        if export is None:
-            return []
-        with connect(read_only=True) as connection, connection.cursor() as cursor:
-            rights.check_writing(cursor, self.environment)
-        return [str(RECEIPT)]
+    def table(self, files: Sequence[str]) -> Callable[[object], list[str]]:
+        """Target all: these files and the receipt, or nothing where there is nothing to load."""
+
+        @one_line_errors
+        def of_table(wildcards: object) -> list[str]:
+            if os.environ.get("PG_DSN") == NO_DATABASE:
+                raise SettingsError(
+                    "PG_DSN of a database to load into", "none", "",
+                    "the target without is: vectors",
+                )  # fmt: skip
+            export = self._export
+            self._say_plan()
+            if export is None:
+                return []
+            with connect(read_only=True) as connection, connection.cursor() as cursor:
+                rights.check_writing(cursor, self.environment)
+            return [*files, str(RECEIPT)]
+
+        return of_table
 
     def flags(self, *names: str) -> Params:
         """The params of a rule: these settings, as flags of its command.
