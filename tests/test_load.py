@@ -181,13 +181,84 @@ def test_a_table_of_another_dimension_stays_as_it_is(load: Load) -> None:
     assert before == load.database.execute(stored)
 
 
+def test_creating_needs_the_extension_and_the_right(load: Load) -> None:
+    """Who may do it all gets it all; a role that may not is told what, and nothing is made."""
+    load.database.execute("DROP EXTENSION vector CASCADE")
+    load.database.execute("DROP SCHEMA ml CASCADE")
+    role = f"creator_{os.getpid()}"
+    as_role = load.database.dsn.replace("postgres@", f"{role}@", 1)
+    steps = [
+        "GRANT CONNECT ON DATABASE {database} TO {role}",
+        "CREATE EXTENSION vector",
+        "CREATE SCHEMA ml",
+        "GRANT CREATE, USAGE ON SCHEMA ml TO {role}",
+    ]
+    (database,) = load.database.execute("SELECT quote_ident(current_database())")[0]
+    load.database.execute(f"CREATE ROLE {role} LOGIN")
+    told = []
+    try:
+        for step in steps:
+            load.database.execute(step.format(database=database, role=role))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PG_DSN", as_role)
+                try:
+                    target.create_tables(Environment.read({}), 3, inputs=False)
+                except DatabaseError as error:
+                    told.append(str(error))
+        load.database.execute("DROP EXTENSION vector CASCADE")
+        load.database.execute("DROP TABLE ml.img_vec512_v1")
+        target.create_tables(Environment.read({}), 3, inputs=False)
+    finally:
+        load.database.execute(f"DROP OWNED BY {role} CASCADE")
+        load.database.execute(f"DROP ROLE {role}")
+
+    may_not = 'expected a role that may create tables in schema "ml", found one that may not'
+    assert [True, False, False] == ["may not create it" in line for line in told]
+    assert [False, True, True] == [line.startswith(may_not) for line in told]
+    assert 1 == load.run((1, [1, 0, 0], 1))["inserted"]
+
+
+def test_the_extension_may_live_in_a_schema_of_its_own(load: Load) -> None:
+    """Off the search path its type has another name, and is the same."""
+    load.database.execute("CREATE SCHEMA extensions")
+    load.database.execute("ALTER EXTENSION vector SET SCHEMA extensions")
+    with connections.connect() as connection, connection.cursor() as cursor:
+        target.check(cursor, Environment.read({}), 3)
+        target.check(cursor, Environment.read({}), None)
+        with pytest.raises(DatabaseError, match=r"expected column vec vector\(4\), the model's"):
+            target.check(cursor, Environment.read({}), 4)
+        cursor.execute("ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE real[]")
+        with pytest.raises(DatabaseError, match=r"vec vector\(N\), .* found real\[\]"):
+            target.check(cursor, Environment.read({}), None)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["(listing_id, edited_date, source, model_rev, pca_rev) WHERE n_images > 0",
+     "(listing_id, edited_date, source, model_rev, lower(pca_rev))"],
+    ids=["partial", "expression"],
+)  # fmt: skip
+def test_a_key_holds_for_every_row_and_column(load: Load, index: str) -> None:
+    """A unique index over some of the rows, or of an expression, is none for the merge."""
+    table = "ml.img_vec512_v1"
+    load.database.execute(f"ALTER TABLE {table} DROP CONSTRAINT img_vec512_v1_pkey")
+    load.database.execute(f"CREATE UNIQUE INDEX ON {table} {index}")
+    with pytest.raises(DatabaseError, match="found no unique key"):
+        load.run((1, [1, 0, 0], 1))
+
+
 @pytest.mark.parametrize("dim", [target.WIDEST_IN_ROW, target.WIDEST_IN_ROW + 1, 4096])
 def test_any_dimension_loads(load: Load, dim: int) -> None:
     """A vector is stored whole, be it shorter or longer than a page of the database."""
     load.database.execute("DROP TABLE ml.img_vec512_v1")
     target.create_tables(Environment.read({}), dim, inputs=False)
     vec = [i / dim - 0.3 for i in range(dim)]
+    [(stored_as,)] = load.database.execute(
+        "SELECT attstorage::text FROM pg_attribute WHERE attname = 'vec'"
+        " AND attrelid = 'ml.img_vec512_v1'::regclass"
+    )
 
+    assert ("p" if dim <= target.WIDEST_IN_ROW else "e") == stored_as
     assert 1 == load.run((1, vec, 1), dim=dim)["inserted"]
     [(stored,)] = load.database.execute("SELECT vec::real[] FROM ml.img_vec512_v1")
     assert pa.array(vec, pa.float32()).to_pylist() == stored
