@@ -295,18 +295,21 @@ def test_a_run_without_one_photo_is_a_wrong_root(job: Stage) -> None:
 @pytest.mark.parametrize(
     ("rows", "there", "settings"),
     [
-        ([image(1, 1, None, GONE), image(1, 2, None, GONE)], 0, {}),
-        ([image(1, 1, None, GONE), image(2, 1, None, "broken: no image")], 0, {}),
-        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], 1, {}),
-        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], 0, {"max_failed_fraction": 1}),
+        ([image(1, 1, None, GONE), image(1, 2, None, GONE)], (0,), {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, "broken: no image")], (0,), {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], (0, 1), {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], (1, 0), {}),
+        ([image(1, 1, None, GONE), image(2, 1, None, GONE)], (0,), {"max_failed_fraction": 1}),
     ],
-    ids=["one listing", "one file", "another's photo", "as announced"],
+    ids=["one listing", "one file", "another's photo", "another's first", "as announced"],
 )
 def test_photos_that_are_not_there_wait(
-    job: Stage, rows: list[dict[str, Any]], there: int, settings: dict[str, Any]
+    job: Stage, rows: list[dict[str, Any]], there: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     """One listing is no evidence of a wrong root, and one photo under it is evidence against."""
-    job.shard(*rows, made_by={**MADE_BY, "witnesses_there": there})
+    job.shard(*rows, made_by={**MADE_BY, "witnesses_there": there[0]})
+    for seen in there[1:]:
+        job.shard(made_by={**MADE_BY, "witnesses_there": seen})
     vectors, failures = job.run(**settings)
 
     assert [] == vectors

@@ -22,7 +22,7 @@ from pipeline.database import registry, target
 from pipeline.database.registry import MadeBy
 from pipeline.encoder.model import identity_of, model_of
 from pipeline.stage import parquet
-from pipeline.stage.errors import DatabaseError, MixedVectors
+from pipeline.stage.errors import DatabaseError, MixedVectors, SettingsError
 from pipeline.stage.settings import Environment, Identity, Settings
 
 T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
@@ -707,6 +707,8 @@ def test_the_roles_sql_names_the_tables_of_the_environment() -> None:
         ' "c"."iphone_image_features_v1" TO "job";',
         'GRANT SELECT, INSERT, UPDATE ON "c"."v", "c"."v_encoders" TO "job";',
     ] == [line for line in sql.splitlines() if line.startswith(("CREATE", "GRANT"))]
+    with pytest.raises(SettingsError, match="--role"):
+        target.role_sql(Environment.read(names), 'job"')
 
 
 @pytest.mark.parametrize("flag", ["--vectors", "--listings", "--without-vector", "--receipt"])
