@@ -280,3 +280,32 @@ def database(empty_database: Database) -> Database:
 def workspace(tmp_path: Path, database: Database, encoder: Path) -> Workspace:
     """A folder where the job can run; its Snakefile, profile and code are the repository's."""
     return new_workspace(tmp_path / "work", database, encoder)
+
+
+def new_listing(workspace: Workspace, listing: int, photos: int = 2, **columns: Any) -> None:
+    """A listing with photos of its own: no two files have the same bytes."""
+    names = [f"{listing}/{index}.jpg" for index in range(photos)]
+    for index, name in enumerate(names):
+        workspace.photo(name, "red", (40 + listing, 36 + index))
+    workspace.database.add_listing(listing, [*names], **columns)
+
+
+@pytest.fixture(scope="session")
+def first_run(
+    server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Workspace, Run]]:
+    """A finished run: listings 1 and 2 are in the table, 3 waits for its two files."""
+    with new_database(server) as database:
+        create_tables(database)
+        workspace = new_workspace(tmp_path_factory.mktemp("finished") / "work", database, encoder)
+        new_listing(workspace, 1)
+        new_listing(workspace, 2)
+        workspace.database.add_listing(3, ["3/0.jpg", "3/1.jpg"])
+        yield workspace, workspace.run()
+
+
+@pytest.fixture
+def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
+    """A copy of the finished run, to go on with."""
+    with fork_of(first_run[0], tmp_path / "work") as workspace:
+        yield workspace

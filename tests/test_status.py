@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,13 @@ from conftest import (
     Run,
     Workspace,
     create_tables,
-    fork_of,
     new_database,
-    new_workspace,
+    new_listing,
 )
 
 from pipeline.workflow.summary import RECORD
 
 LATER = "2026-02-02 12:00:00.000002+00"
-
-
-def new_listing(workspace: Workspace, listing: int, photos: int = 2, **columns: Any) -> None:
-    """A listing with photos of its own: no two files have the same bytes."""
-    names = [f"{listing}/{index}.jpg" for index in range(photos)]
-    for index, name in enumerate(names):
-        workspace.photo(name, "red", (40 + listing, 36 + index))
-    workspace.database.add_listing(listing, [*names], **columns)
 
 
 def status(workspace: Workspace, *settings: str) -> dict[str, Any]:
@@ -59,27 +49,6 @@ def command(workspace: Workspace, *words: str, settings: tuple[str, ...] = ()) -
 def reasons(found: dict[str, Any]) -> dict[str, int]:
     """`left_out` without its zeros."""
     return {reason: count for reason, count in found["left_out"].items() if count}
-
-
-@pytest.fixture(scope="module")
-def first_run(
-    server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Workspace, Run]]:
-    """A finished run: listings 1 and 2 have a vector, 3 waits for its two files."""
-    with new_database(server) as database:
-        create_tables(database)
-        workspace = new_workspace(tmp_path_factory.mktemp("finished") / "work", database, encoder)
-        new_listing(workspace, 1)
-        new_listing(workspace, 2)
-        workspace.database.add_listing(3, ["3/0.jpg", "3/1.jpg"])
-        yield workspace, workspace.run()
-
-
-@pytest.fixture
-def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
-    """A copy of the finished run, to go on with."""
-    with fork_of(first_run[0], tmp_path / "work") as workspace:
-        yield workspace
 
 
 # --- status

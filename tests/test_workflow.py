@@ -21,6 +21,7 @@ from conftest import (
     create_tables,
     fork_of,
     new_database,
+    new_listing,
     new_workspace,
 )
 from test_reliability import stage_of, start_snakemake
@@ -35,14 +36,6 @@ AFTER_SELECT = ["aggregate", "encode", "load", "select"]
 AFTER_ENCODE = ["aggregate", "encode", "load"]
 LATER = "2026-02-02 12:00:00.000002+00"
 NOBODY = "postgresql://nobody@127.0.0.1:1/none"
-
-
-def new_listing(workspace: Workspace, listing: int, photos: int = 2, **columns: Any) -> None:
-    """A listing with photos of its own: no two files have the same bytes."""
-    names = [f"{listing}/{index}.jpg" for index in range(photos)]
-    for index, name in enumerate(names):
-        workspace.photo(name, "red", (40 + listing, 36 + index))
-    workspace.database.add_listing(listing, [*names], **columns)
 
 
 def listings(workspace: Workspace) -> list[tuple[Any, ...]]:
@@ -92,27 +85,6 @@ def files(folder: Path) -> dict[str, int]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="module")
-def first_run(
-    server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Workspace, Run]]:
-    """A finished run: listings 1 and 2 are in the table, 3 waits for its two files."""
-    with new_database(server) as database:
-        create_tables(database)
-        workspace = new_workspace(tmp_path_factory.mktemp("finished") / "work", database, encoder)
-        new_listing(workspace, 1)
-        new_listing(workspace, 2)
-        workspace.database.add_listing(3, ["3/0.jpg", "3/1.jpg"])
-        yield workspace, workspace.run()
-
-
-@pytest.fixture
-def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
-    """A copy of the finished run, to go on with."""
-    with fork_of(first_run[0], tmp_path / "work") as workspace:
-        yield workspace
 
 
 @pytest.fixture(scope="module")

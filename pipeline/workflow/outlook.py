@@ -41,7 +41,9 @@ def foresee(
     rate: float | None,
 ) -> Outlook:
     """`rate` is in images a second. Of very many listings, a sample is looked up in the cache."""
-    share = _cached_share(cursor, pending, digest, chosen, environment, model)
+    share: float | None = 0.0
+    if digest.photos and not chosen.force:
+        share = _cached_share(cursor, pending.sample, chosen, environment, model)
     cached = None if share is None else round(share * digest.photos)
     to_encode = digest.photos - (cached or 0)
     seconds = None if rate is None else round(to_encode / rate)
@@ -49,23 +51,16 @@ def foresee(
 
 
 def _cached_share(
-    cursor: Cursor,
-    pending: Pending,
-    digest: Digest,
-    chosen: Settings,
-    environment: Environment,
-    model: Model,
+    cursor: Cursor, sample: str, chosen: Settings, environment: Environment, model: Model
 ) -> float | None:
-    """How much of the photos the cache knows, from 0 to 1; None where that can't be told."""
-    if not digest.photos or chosen.force:
-        return 0.0
+    """How much of the sample's photos the cache knows, 0 to 1; None where that can't be told."""
     if model.embed_dim is None:
         return None
     try:
         cache = _cache(chosen, model, model.embed_dim)
         if not cache.entries:
             return 0.0
-        paths = selected_paths(cursor, pending.sample, chosen)
+        paths = selected_paths(cursor, sample, chosen)
         folder = PhotoFolder(
             environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
         )
