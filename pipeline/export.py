@@ -78,7 +78,7 @@ def _log_left_out(cursor: Cursor, pending: Pending) -> None:
     named = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     log.info("%d listing rows; left out: %s", counted.listings, named)
     if left_out.get("bad_date"):
-        log.warning("bad_date: edited_date is infinite or beyond year 9999; refused")
+        log.warning("bad_date: edited_date is infinite or outside of the years 1 to 9999; refused")
     if left_out.get("other_generation"):
         log.warning("other_generation: of rows with one edited_date the highest generation wins")
 

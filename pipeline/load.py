@@ -84,7 +84,7 @@ def load(args: argparse.Namespace, chosen: Settings, environment: Environment) -
     counts = retrying(lambda: _load_once(args, chosen, environment, identity))
     remembered = waiting.remember(args.without_vector, args.listings, chosen, identity)
     if remembered:
-        log.warning("%d listings without a vector wait for their files", remembered)
+        log.warning("%d listings without a vector are remembered as waiting", remembered)
     receipt = {
         **counts,
         **identity._asdict(),

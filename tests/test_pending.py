@@ -254,7 +254,7 @@ def test_infinity_is_refused(pending: Source) -> None:
     assert [5, 6] == [row["listing_id"] for row in listings]
     assert [
         "6 listing rows; left out: 4 bad_date",
-        "bad_date: edited_date is infinite or beyond year 9999; refused",
+        "bad_date: edited_date is infinite or outside of the years 1 to 9999; refused",
     ] == pending.caplog.messages
 
 

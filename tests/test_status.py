@@ -179,6 +179,18 @@ def test_the_page_names_every_field(workspace: Workspace) -> None:
     assert status(workspace).keys() == {name for cell in cells for name in re.findall(r"\w+", cell)}
 
 
+def test_force_changes_the_next_run_alone(finished: Workspace) -> None:
+    """Where the listings stand is the same; the next run takes all, up to the limit."""
+    plain = status(finished)
+    forced = status(finished, "force=true", "limit_listings=2")
+    said = command(finished, "status", settings=("force=true", "limit_listings=2")).output
+
+    assert {**plain, "next_run": None} == {**forced, "next_run": None}
+    assert {"listings": 2, "photos": 4, "cached": 0} == _without_seconds(forced["next_run"])
+    assert "2 listings pending: 2 forced; 4 photos, 0 cached" in said
+    assert "1 more are beyond limit_listings" in said
+
+
 def test_status_for_people_says_the_same(finished: Workspace) -> None:
     """Database, key, counts and the next run, without a secret."""
     new_listing(finished, 4)
@@ -210,11 +222,11 @@ def test_a_dry_run_says_why_in_one_line(finished: Workspace) -> None:
 
     assert [
         "Nothing is pending: the table has a vector of 2 of 3 listings;"
-        " 1 wait for files (1 missing)"
+        " 1 wait for other files or rows (1 missing)"
     ] == nothing
     assert ["1 listing pending: 1 edited; 2 photos, 2 cached"] == _without_time(edited)
     assert [
-        "3 listings pending: 1 new, 1 edited, 1 with changed files or rows; 6 photos, 2 cached"
+        "3 listings pending: 1 new, 1 edited, 1 that waited; 6 photos, 2 cached"
     ] == _without_time(more)
     assert [
         "1 listing pending: 1 edited; 2 photos, 2 cached;"
@@ -233,7 +245,7 @@ def test_changed_rows_are_told_from_new_listings(finished: Workspace) -> None:
     """A listing that waited and has another candidate now is pending for that reason."""
     finished.database.add_image(3, 2, "3/2.jpg")
 
-    assert ["1 listing pending: 1 with changed files or rows; 3 photos, 0 cached"] == _without_time(
+    assert ["1 listing pending: 1 that waited; 3 photos, 0 cached"] == _without_time(
         plan_of(finished.snakemake("-n"))
     )
 
@@ -259,7 +271,7 @@ def test_all_done_is_said_only_when_it_is(workspace: Workspace) -> None:
     third = workspace.run(config={"limit_listings": 2})
 
     assert (
-        "  result     the table has a vector of 2 of 3 listings; 1 wait for the next run"
+        "  result     the table has a vector of 2 of 3 listings; 1 are pending"
         in first.output.splitlines()
     )
     every = "the table has a vector of every eligible listing (3)"
@@ -273,9 +285,7 @@ def summary(workspace: Workspace) -> dict[str, str]:
     return dict(re.findall(r"^ *(\w+) +(.+)$", done.output, re.M))
 
 
-def test_the_summary_is_that_of_the_last_run(
-    first_run: tuple[Workspace, Run], finished: Workspace
-) -> None:
+def test_the_summary_is_that_of_the_last_run(finished: Workspace) -> None:
     """Which database and key, when and how long; what had nothing to do says so; then a no-op."""
     first = summary(finished)
     finished.run(config={"decode": "scaled"})
@@ -283,22 +293,27 @@ def test_the_summary_is_that_of_the_last_run(
     finished.run(config={"decode": "scaled"})
     nothing = summary(finished)
 
-    assert first_run[1].output.splitlines()[-1].strip() != ""
     assert re.fullmatch(r"of \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, \d+ s", first["run"])
     assert 'a local socket, "ml"."img_vec512_v1"' in first["database"]
     assert first["key"].startswith("listing_images_topk5_v1 · ")
     assert "3 listings, 6 images -> results/export" == first["export"]
     assert "4 images encoded, 2 failed (missing) -> results/encode" == first["encode"]
-    assert (
-        '2 inserted, 0 updated, 0 unchanged, 1 listings wait for files -> "ml"."img_vec512_v1"'
-        == (first["load"])
-    )
+    assert '2 inserted, 0 updated, 0 unchanged -> "ml"."img_vec512_v1"' == (first["load"])
 
     assert "nothing to do" == again["export"] == again["select"]
     assert "4 images encoded, 2 failed (missing) -> results/encode" == again["encode"]
 
     assert {"run", "database", "key", "result"} == nothing.keys()
     assert "nothing to do" == nothing["result"]
+
+
+def test_the_summary_of_a_refused_run_is_its_error(finished: Workspace) -> None:
+    """Refused before its first job, as without a database: not the good run before it."""
+    finished.env["PG_DSN"] = "postgresql://nobody@127.0.0.1:1/none"
+    run = finished.snakemake()
+
+    assert 0 != run.code
+    assert run.output.splitlines()[-1] == summary(finished)["result"]
 
 
 def test_a_benchmark_says_nothing_of_loads(finished: Workspace) -> None:
@@ -367,7 +382,7 @@ def test_why_tells_the_way_of_a_listing(finished: Workspace) -> None:
     assert " 0 0 - rank 1 3/0.jpg missing: no such file\n" in waits
 
     assert f"edited {T0}: eligible; it has a vector\n" in done
-    assert " 0 0 - rank 1 1/0.jpg encoded by the last run\n" in done
+    assert " 0 0 - rank 1 1/0.jpg has a vector in results/encode\n" in done
     assert f" edited {T0}: of 2 images, written " in done
 
     assert "left out, spam: spam is not NULL ('scam')\n" in spam
@@ -385,6 +400,17 @@ def test_why_of_the_fallback_and_beyond_the_limit(workspace: Workspace) -> None:
     assert "eligible; pending, but beyond limit_listings: a later run embeds it\n" in said
     assert " 0 0 battery_screenshot fallback, rank 1 1/0.jpg there, " in said
     assert " 1 0 battery_screenshot no: beyond topk 1 1/1.jpg\n" in said
+
+
+def test_why_tells_what_was_from_what_is(finished: Workspace) -> None:
+    """A photo that has arrived since is not called missing; beyond the limit nobody waits."""
+    finished.photo("3/0.jpg", "blue")
+    new_listing(finished, 4, edited_date=LATER)
+    arrived, beyond = why(finished, 3), why(finished, 3, "limit_listings=1")
+
+    assert "3/0.jpg missing: no such file, in results/encode; now there, " in arrived
+    assert "eligible; pending: the next run embeds it\n" in arrived
+    assert "eligible; pending, but beyond limit_listings: a later run embeds it\n" in beyond
 
 
 def test_why_of_a_deleted_listing_and_of_none(finished: Workspace) -> None:

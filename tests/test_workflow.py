@@ -117,7 +117,7 @@ def test_a_run_embeds_every_pending_listing(first_run: tuple[Workspace, Run]) ->
     ] == listings(workspace)
     assert {"encoded": 4, "missing": 2} == encoded(workspace)
     assert {"inserted": 2, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(workspace)
-    assert "load       2 inserted, 0 updated, 0 unchanged, 1 listings wait" in run.output
+    assert "load       2 inserted, 0 updated, 0 unchanged -> " in run.output
 
 
 def test_a_second_run_does_nothing(finished: Workspace) -> None:

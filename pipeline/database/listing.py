@@ -7,7 +7,7 @@ import pyarrow as pa
 from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database.connection import bind, fetch, quoted, translated_errors
-from pipeline.database.pending import JUDGED, ORDER, Pending, candidates_sql, table_names
+from pipeline.database.pending import JUDGED, ORDER, candidates_sql, table_names
 from pipeline.stage import parquet
 from pipeline.stage.settings import Environment, Identity
 
@@ -86,12 +86,12 @@ def vectors(cursor: Cursor, environment: Environment, listing_id: int) -> list[V
     return [Vector(edited, Identity(*key), n, updated) for edited, n, updated, *key in found]
 
 
-def in_next_run(cursor: Cursor, pending: Pending, listing_id: int) -> list[datetime]:
-    """The edits of it that the next run takes."""
+def edits_in(cursor: Cursor, listings: str, listing_id: int) -> list[datetime]:
+    """The edits of it among the rows of one of Pending's queries."""
     return [
         edited
         for (edited,) in fetch(
             cursor,
-            f"SELECT edited_date FROM ({pending.listings}) p WHERE listing_id = {listing_id:d}",
+            f"SELECT edited_date FROM ({listings}) p WHERE listing_id = {listing_id:d}",
         )
     ]

@@ -219,8 +219,9 @@ class Digest(NamedTuple):
 class Pending:
     """The queries over the pending listings of one identity, inside one transaction."""
 
-    listings: str
-    candidates: str
+    listings: str  # that the next run takes
+    due: str  # those, and the ones beyond the limit
+    candidates: str  # of `listings`
     sample: str  # candidates of SAMPLE pending listings at most
     digest: str  # a Digest
     judged: str  # (reason, rows left out), and (None, eligible rows)
@@ -286,6 +287,7 @@ def prepare(
     standing = _STANDING.format(**names)
     return Pending(
         listings=f"{pending} SELECT * FROM pending {_NEWEST}",
+        due=f"WITH {waits} due AS ({due}) SELECT * FROM due",
         candidates=f"{pending} {of_pending} {ORDER}",
         sample=f"{pending}, sample AS MATERIALIZED (SELECT * FROM pending"
         f" ORDER BY hashint8(listing_id), edited_date LIMIT {SAMPLE}) {of_sample} {ORDER}",

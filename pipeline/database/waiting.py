@@ -144,12 +144,16 @@ def _left_out(path: Path, files: Files, chosen: Settings) -> LeftOut:
         keys = ledger.read(columns=[*KEY, "limits", "reason"])
         seen = _rows(ledger, blocks, [*KEY, "candidates", "files", "limits", "reason"])
     waits = pc.equal(keys["limits"], _limits(chosen)).to_numpy()  # else it may be read now
+    unseen = np.ones(len(waits), bool)
     for block in blocks:
-        waits[block.start : block.stop] = False
+        unseen[block.start : block.stop] = False
     same = pc.equal(seen["limits"], _limits(chosen)).to_numpy()
     same[same] = [not changes for changes in files.changed(seen["files"].filter(pa.array(same)))]
+    changed = [seen.filter(pa.array(~same)), keys.filter(pa.array(unseen & ~waits))]
     return LeftOut.of(
-        seen.filter(pa.array(same)), keys.filter(pa.array(waits)), seen.filter(pa.array(~same))
+        seen.filter(pa.array(same)),
+        keys.filter(pa.array(unseen & waits)),
+        pa.concat_tables(table.select(KEY) for table in changed),
     )
 
 

@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ LOGS = Path("logs")
 AGAIN = "run it again: nothing that was encoded is lost"
 NOTHING_TO_BE_DONE = "Nothing to be done"  # how Snakemake begins to say so
 
+refusals: list[str] = []  # why this run was refused before its first job
+
 
 class Hooks:
     """The words of one run of Snakemake."""
@@ -37,6 +40,7 @@ class Hooks:
         self._began = time.time()
         if snakemake.is_main_process:
             logging.getLogger("snakemake.logging").addFilter(self._hear)
+            atexit.register(self._refused)
 
     def succeeded(self) -> None:
         """Say what the run did, and where the listings stand after a load."""
@@ -56,6 +60,12 @@ class Hooks:
         if record.getMessage().startswith(NOTHING_TO_BE_DONE) and not self._snakemake.dryrun:
             self._keep({}, NOTHING)
         return True
+
+    def _refused(self) -> None:
+        """Remember also a run that was refused while Snakemake built its graph."""
+        if refusals and self._snakemake.executor_plugin and not self._snakemake.dryrun:
+            with suppress(PipelineError):  # the model may be what is wrong: then there is no key
+                self._keep({}, refusals[-1])
 
     def _keep(self, told: dict[str, str], outcome: str) -> Run:
         rate = summary.measured_rate(LOCK.stat().st_mtime_ns) if told else None

@@ -45,8 +45,9 @@ def foresee(
     if digest.photos and not chosen.force:
         share = _cached_share(cursor, pending.sample, chosen, environment, model)
     cached = None if share is None else round(share * digest.photos)
-    to_encode = digest.photos - (cached or 0)
-    seconds = None if rate is None else round(to_encode / rate)
+    if rate is None or cached is None:
+        return Outlook(digest.listings, digest.photos, cached, None)
+    seconds = round((digest.photos - cached) / rate)
     return Outlook(digest.listings, digest.photos, cached, seconds)
 
 
@@ -59,7 +60,7 @@ def _cached_share(
     try:
         cache = _cache(chosen, model, model.embed_dim)
         if not cache.entries:
-            return 0.0
+            return None if _has_others(cache) else 0.0
         paths = selected_paths(cursor, sample, chosen)
         folder = PhotoFolder(
             environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
@@ -82,6 +83,14 @@ def _cache(chosen: Settings, model: Model, dim: int) -> VectorCache:
         apply_exif_orientation=chosen.apply_exif_orientation,
     )
     return VectorCache.of(Path(chosen.cache_dir), made_by, dim)
+
+
+def _has_others(cache: VectorCache) -> bool:
+    """Whether there are vectors of another fingerprint.
+
+    Where precision is auto, a machine with a GPU may have made them, and will run this too.
+    """
+    return any(folder != cache.folder for folder in cache.folder.parent.glob("*"))
 
 
 def selected_paths(cursor: Cursor, candidates: str, chosen: Settings) -> list[str | None]:

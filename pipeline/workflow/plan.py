@@ -43,7 +43,7 @@ from pipeline.stage.settings import (
 )
 from pipeline.workflow import words
 from pipeline.workflow.code import PIPELINE
-from pipeline.workflow.hooks import LOCK
+from pipeline.workflow.hooks import LOCK, refusals
 from pipeline.workflow.preflight import check_cache_dir
 from pipeline.workflow.summary import last_rate
 
@@ -73,7 +73,8 @@ def one_line_errors(function: Callable[P, T]) -> Callable[P, T]:
             with storage_errors():
                 return function(*args, **kwargs)
         except PipelineError as error:
-            raise SystemExit(f"error: {error}") from None
+            refusals.append(f"error: {error}")
+            raise SystemExit(refusals[-1]) from None
 
     return wrapped
 
@@ -199,7 +200,7 @@ class Workflow:
         outlook = foresee(
             cursor, pending, digest, self._chosen, self.environment, self.model, last_rate()
         )
-        return words.plan(digest, outlook)
+        return words.plan(digest, outlook, self.settings.force)
 
     @functools.cached_property
     def _chosen(self) -> Settings:

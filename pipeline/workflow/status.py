@@ -39,7 +39,9 @@ class Status:
     table: str
     identity: Identity
     census: Census
-    digest: Digest
+    digest: Digest  # without force
+    taken: Digest  # by the next run
+    force: bool
     gone: int  # vectors of listings that are deleted, or spam now
     superseded: int  # vectors of earlier edits
     keys: list[Key]
@@ -96,11 +98,11 @@ class Status:
         return f"{beyond} of them beyond limit_listings" if beyond else ""
 
     def _next(self) -> str:
-        if not self.digest.listings:
+        if not self.taken.listings:
             standing = self.census.standing
             said = words.standing(standing) if standing.eligible else words.nobody(self.census)
             return f"nothing to do; {said}"
-        return words.plan(self.digest, self.next_run)
+        return words.plan(self.taken, self.next_run, self.force)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,18 +125,24 @@ def look(chosen: Settings, environment: Environment) -> Status:
     with connect(read_only=True, repeatable=True) as connection, connection.cursor() as cursor:
         check_inputs(cursor, environment)
         target.check(cursor, environment, model.embed_dim)
-        pending = prepare(cursor, environment, chosen, left_out)
-        digest = Digest(*fetch(cursor, pending.digest)[0])
+        plain = chosen.model_copy(update={"force": False})
+        pending = prepare(cursor, environment, plain, left_out)
+        counted, digest = census.take(cursor, pending), Digest(*fetch(cursor, pending.digest)[0])
+        if chosen.force:
+            pending = prepare(cursor, environment, chosen, left_out)
+        taken = Digest(*fetch(cursor, pending.digest)[0]) if chosen.force else digest
         return Status(
             database=described(cursor),
             table=quoted(environment.vectors),
             identity=identity,
-            census=census.take(cursor, pending),
+            census=counted,
             digest=digest,
+            taken=taken,
+            force=chosen.force,
             gone=obsolete.count(cursor, environment, obsolete.gone(environment)),
             superseded=obsolete.count(cursor, environment, obsolete.superseded(environment)),
             keys=_keys(cursor, environment),
-            next_run=foresee(cursor, pending, digest, chosen, environment, model, last_rate()),
+            next_run=foresee(cursor, pending, taken, chosen, environment, model, last_rate()),
         )
 
 
@@ -163,7 +171,8 @@ def _made(key: Key) -> str:
     if key.recipe:
         said.append(f"topk {key.recipe.get('topk')}")
     if key.encoder:
-        said.append(f"weights {str(key.encoder.get('weights'))[:12]}")
+        weights = str(key.encoder.get("weights"))  # a hash, or the tag of a model on a hub
+        said.append(f"weights {weights if '/' in weights else weights[:12]}")
     return ", ".join(said) or "not registered"
 
 

@@ -132,11 +132,11 @@ def _select(since_ns: int) -> str:
 
 
 def _encode(since_ns: int) -> str:
-    done, there = _encode_stats(since_ns), _encode_stats(0)
+    done = _encode_stats(since_ns)
     if not done:
         return ""
-    rest = len(there) - len(done)
-    part = f" ({rest} of {len(there)} shards were done before)" if rest else ""
+    shards = len(list((RESULTS / "select").glob("*.parquet")))
+    part = f" in {len(done)} of {shards} shards" if len(done) < shards else ""
     return f"{encoded(done)}{part} -> {RESULTS / 'encode'}"
 
 
@@ -206,8 +206,7 @@ def encoded(stats: list[dict[str, Any]]) -> str:
 
 def loaded(receipt: dict[str, Any]) -> str:
     """One line of a receipt."""
-    waiting = f", {receipt['waiting']} listings wait for files" if receipt["waiting"] else ""
     return (
         f"{receipt['inserted']} inserted, {receipt['updated']} updated,"
-        f" {receipt['unchanged']} unchanged{waiting} -> {receipt['table']}"
+        f" {receipt['unchanged']} unchanged -> {receipt['table']}"
     )

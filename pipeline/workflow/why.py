@@ -28,7 +28,7 @@ RULES = {
     "no_edited_date": "edited_date is NULL",
     "no_url": "url is NULL",
     "no_generation": "generation is NULL",
-    "bad_date": "edited_date is infinite or beyond year 9999",
+    "bad_date": "edited_date is infinite or outside of the years 1 to 9999",
     "no_images": "no image row of its generation has an image_index",
     "other_generation": "a higher generation of the same edit wins",
 }
@@ -54,7 +54,13 @@ class Edit:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which listing."""
-    parser.add_argument("listing_id", type=int, metavar="LISTING_ID")
+    parser.add_argument("listing_id", type=_bigint, metavar="LISTING_ID")
+
+
+def _bigint(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise ValueError("beyond the range of a bigint")
+    return int(text)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -112,7 +118,8 @@ class Judge:
         files = waiting.Files(chosen, environment.image_root)
         left_out = waiting.left_out(files, chosen, chosen.identity)
         pending = prepare(cursor, environment, chosen, left_out)
-        self._next = listing.in_next_run(cursor, pending, listing_id)
+        self._next = listing.edits_in(cursor, pending.listings, listing_id)
+        self._due = listing.edits_in(cursor, pending.due, listing_id)
         self._waits = waiting.files_of(chosen, chosen.identity, listing_id)
         self._folder = PhotoFolder(
             environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes
@@ -139,11 +146,13 @@ class Judge:
             return f"eligible; pending: the next run embeds it{again}"
         if edited in self._done:
             return "eligible; it has a vector"
+        if when in self._due:
+            return "eligible; pending, but beyond limit_listings: a later run embeds it"
         if when in self._waits:
             files = ", ".join(f"{f['storage_path']} ({f['error']})" for f in self._waits[when])
             tried = f": {files}" if files else ""
             return f"eligible; waits until one of its files appears or changes, or its rows{tried}"
-        return "eligible; pending, but beyond limit_listings: a later run embeds it"
+        return "eligible; waits until one of its files appears or changes, or its rows"
 
     def _photos(self, row: Row) -> Iterator[Photo]:
         chosen = self._chosen
@@ -175,11 +184,18 @@ class Judge:
         return f"no: beyond topk {self._chosen.topk}"
 
     def _became(self, edited: datetime, path: str | None) -> str:
-        """What the last encode made of it, else what the file is now."""
-        if (edited, path) in self._encoded:
-            return self._encoded[edited, path] or "encoded by the last run"
+        """What the shards at hand say of it, and what the file is now where that says more."""
+        now = self._now(path)
+        if (edited, path) not in self._encoded:
+            return f"{now}; not in results/encode"
+        error = self._encoded[edited, path]
+        if error is None:
+            return "has a vector in results/encode"
+        return error if error == now else f"{error}, in results/encode; now {now}"
+
+    def _now(self, path: str | None) -> str:
         try:
-            return f"there, {self._folder.stat(path).size} bytes; not in results/encode"
+            return f"there, {self._folder.stat(path).size} bytes"
         except (PhotoError, StorageError) as error:
             return str(error)
 

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from pipeline.workflow.outlook import Outlook
 
 
-def plan(digest: Digest, outlook: "Outlook") -> str:
+def plan(digest: Digest, outlook: "Outlook", force: bool) -> str:
     """'3 listings pending: 2 new, 1 edited; 9 photos, 4 cached, about 12 s; 88 more wait ...'."""
     said = [f"{counted(digest.listings, 'listing')} pending: {listed(why(digest))}"]
     said.append(ahead(outlook))
     if beyond := digest.due - digest.listings:
-        said.append(f"{beyond} more wait for the next run (limit_listings)")
+        limited = "more are beyond limit_listings"
+        waiting = "more wait for the next run (limit_listings)"
+        said.append(f"{beyond} {limited if force else waiting}")
     return "; ".join(said)
 
 
@@ -27,7 +29,7 @@ def why(digest: Digest) -> dict[str, int]:
     """How many of the pending listings are pending for which reason."""
     known = {
         "edited": digest.edited,
-        "with changed files or rows": digest.changed,
+        "that waited": digest.changed,
         "forced": digest.forced,
     }
     return {"new": digest.listings - sum(known.values()), **known}
@@ -55,9 +57,10 @@ def standing(found: Standing) -> str:
         return f"the table has a vector of every eligible listing ({found.eligible})"
     said = [f"the table has a vector of {found.with_vector} of {found.eligible} listings"]
     if found.pending:
-        said.append(f"{found.pending} wait for the next run")
+        said.append(f"{found.pending} are pending")
     if found.waiting:
-        said.append(f"{found.waiting} wait for files ({listed(found.waiting_by_reason)})")
+        reasons = listed(found.waiting_by_reason)
+        said.append(f"{found.waiting} wait for other files or rows ({reasons})")
     return "; ".join(said)
 
 
