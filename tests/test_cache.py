@@ -595,11 +595,11 @@ def test_prune_drops_the_oldest_parts_first(folder: Path, monkeypatch: pytest.Mo
         _part_of(folder.parent / name, monkeypatch, hours, "a1")
     size = sum(part.stat().st_size for part in parts(folder.parent))
     kept = []
-    for most in (size, size - 1, size // 2, size // 2 - 1):
+    for most in (size, size - 1, size // 4):
         prune(folder.parent.parent, max_bytes=most)
         kept.append("".join(part.parent.name for part in parts(folder.parent)))
 
-    assert kept == ["efgh", "efh", "eh", "e"]
+    assert kept == ["efgh", "efh", "e"]
 
 
 def test_a_merged_part_is_as_old_as_its_newest_origin(
@@ -653,13 +653,13 @@ def test_a_cache_that_takes_no_files_is_one_warning(
 ) -> None:
     """A shard goes on without it, and is told so once."""
     (tmp_path / "vectors").write_text("a file where a folder should be")
-    for _ in range(2):
+    for caches in (1, 2):
         with VectorCache(tmp_path / "vectors" / "f", DIM) as cache:
             for _ in range(2):
                 put(cache, "a1")
                 cache._write_or_forget()
+                assert len(caplog.messages) == caches
 
-    assert len(caplog.messages) == 2
     assert all("going on: what is not cached will be encoded" in m for m in caplog.messages)
 
 

@@ -260,6 +260,7 @@ def test_a_ledger_in_disorder_leaves_nobody_out(
     for message in caplog.messages:
         assert message.startswith(f"{nights.ledger} cannot be read: ")
         assert message.endswith("; who waits is tried again")
+        assert "Parquet magic bytes not found in footer" in message
         assert "\n" not in message
 
 
