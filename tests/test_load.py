@@ -662,10 +662,11 @@ def test_a_key_that_is_retired_while_a_load_waits_for_it_is_registered_anew(load
         with retiring.cursor() as cursor:
             cursor.execute("DELETE FROM ml.img_vec512_v1")
             key = Environment.read({}), Identity(**IDENTITY)
-            assert [True, False] == [registry.retire(cursor, *key) for _ in range(2)]
+            retired = [registry.retire(cursor, *key) for _ in range(2)]
         retiring.commit()
     thread.join(60)
 
+    assert [True, False] == retired
     assert [1] == outcome
     assert [(2, "[0,1,0]")] == load.database.vectors("listing_id, vec")
     assert [{"encoder": other, "recipe": RECIPE}] == load.registered()
