@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
 
-.PHONY: setup demo demo-stop test mutants lint benchmarks rulegraph lock clean
+.PHONY: setup demo demo-stop test test-slurm mutants lint benchmarks rulegraph lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -33,6 +33,11 @@ demo-stop: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
+# A real SLURM of two nodes on this machine: Debian and root; a line says so where it cannot be.
+test-slurm: setup
+	@if why=$$(tests/install-slurm); then .venv-slurm/bin/python -m pytest -n 0 tests/test_slurm.py; \
+	else echo "make test-slurm: skipped: $$why"; fi
+
 # Small faults, one at a time: which of them does no test see? Some of them: ONLY='pipeline.select.*'
 mutants: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
@@ -59,4 +64,4 @@ lock: setup
 		--extra demo --extra test pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .snakemake results logs
+	rm -rf .venv .venv-slurm .snakemake results logs

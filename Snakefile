@@ -18,7 +18,9 @@ from pipeline.stage.lifetime import end_stages_on_signals
 from pipeline.stage.settings import PHOTO_LIMITS, Identity
 from pipeline.workflow.code import code
 from pipeline.workflow.hooks import Hooks
-from pipeline.workflow.plan import Workflow, config_file, lock_folder, run_this_checkout
+from pipeline.workflow.lock import lock_folder
+from pipeline.workflow.machine import memory_request, share
+from pipeline.workflow.plan import Workflow, config_file, run_this_checkout
 
 min_version("9.11")
 run_this_checkout()
@@ -40,8 +42,12 @@ envvars:
     "PG_DSN",
 
 
+shards = flow.shards(workflow)
+each = share(workflow, settings, shards)
+
+
 scattergather:
-    encode=flow.shards(workflow),
+    encode=shards,
 
 
 # A target asks for every file on its way: Snakemake notes a job that failed as done and removes its
@@ -56,10 +62,14 @@ AGGREGATED = [
 ]
 
 
+# On a cluster, what reaches the database runs here: a node gets no PG_DSN, and one that planned
+# the export anew would record another state of the database.
 localrules:
     all,
     selected,
     vectors,
+    export,
+    load,
 
 
 onstart:
@@ -100,6 +110,7 @@ rule export:
         images="results/export/images.parquet",
     log:
         "logs/export.log",
+    retries: 0
     conda:
         "environment.yml"
     resources:
@@ -149,12 +160,12 @@ rule encode:
         "logs/encode/{scatteritem}.log",
     conda:
         "environment.yml"
-    threads: 16
+    threads: each.threads
     resources:
         gpu=1,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        device=settings.device,
+        device=each.device,
         cache_dir=settings.cache_dir,
         max_failed_fraction=str(settings.max_failed_fraction),
     params:
@@ -192,7 +203,8 @@ rule aggregate:
     conda:
         "environment.yml"
     resources:
-        mem_mb=settings.memory_mb,
+        mem_mb=memory_request(settings.memory_mb),
+        memory_mb=settings.memory_mb,
         max_failed_fraction=str(settings.max_failed_fraction),
     params:
         settings=flow.flags(*KEY),
@@ -203,7 +215,7 @@ rule aggregate:
         " --output {output.vectors:q} --without-vector {output.without_vector:q}"
         " --failures {output.failures:q}"
         " {params.settings}"
-        " --memory-mb {resources.mem_mb} --max-failed-fraction {resources.max_failed_fraction}"
+        " --memory-mb {resources.memory_mb} --max-failed-fraction {resources.max_failed_fraction}"
         " --log {log:q}"
 
 
@@ -217,6 +229,7 @@ rule load:
         receipt="results/load/receipt.json",
     log:
         "logs/load.log",
+    retries: 0
     conda:
         "environment.yml"
     resources:
@@ -244,12 +257,12 @@ rule benchmark:
         "logs/benchmark.log",
     conda:
         "environment.yml"
-    threads: 16
+    threads: each.threads
     resources:
         gpu=1,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        device=settings.device,
+        device=each.device,
     params:
         settings=flow.flags(
             "model_name",

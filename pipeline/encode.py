@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.vectors import VectorCache
+from pipeline.encoder.claim import claim
 from pipeline.encoder.model import (
     Fingerprint,
     Model,
@@ -118,7 +119,7 @@ class EncodeJob:
                 f"weights {weights[:12]}", model.weights[:12], chosen.model_name,
                 "they changed since the workflow was planned; run it again",
             )  # fmt: skip
-        device = resolve_device(chosen.device)
+        device = claim(resolve_device(chosen.device))
         precision = resolve_precision(chosen.precision, device)
         return cls(
             model=model,

@@ -23,6 +23,7 @@ from pipeline.cache.prune import prune, stats
 from pipeline.cache.vectors import NoCache, VectorCache
 from pipeline.encoder.model import Fingerprint
 from pipeline.stage.errors import DataError
+from pipeline.stage.lock import machine
 
 DIM = 4
 FINGERPRINT = Fingerprint("w", "a", "t", "fp32", "full", True)
@@ -618,13 +619,14 @@ def test_prune_removes_what_killed_writers_left(folder: Path) -> None:
     """Temporary files that nobody holds go, those of a running writer stay."""
     with VectorCache(folder, DIM) as cache:
         put(cache, "a1")
-    for name in ("killed", "running"):
-        (folder / f".part-1-1-1.parquet.{name}.tmp").write_bytes(b"half")
-    with open(folder / ".part-1-1-1.parquet.running.tmp") as held:
+    killed, running = (folder / f".part-1-1-1.parquet.{machine()}.{n}.tmp" for n in (1, 2))
+    killed.write_bytes(b"half")
+    running.write_bytes(b"half")
+    with open(running) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         prune(folder.parent.parent)
 
-    assert [file.name for file in folder.glob(".*")] == [".part-1-1-1.parquet.running.tmp"]
+    assert [running] == list(folder.glob(".*"))
 
 
 def test_each_fingerprint_has_its_folder_and_says_what_made_it(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Readers and writers may be at work meanwhile.
 """
 
-import fcntl
 import itertools
 import os
 import time
@@ -35,6 +34,7 @@ from pipeline.cache.parts import (
 )
 from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
+from pipeline.stage.lock import wait_for_lock
 from pipeline.stage.parquet import metadata, remove_abandoned, writer
 
 MERGED_ROWS = 16_384
@@ -198,7 +198,7 @@ def _shrink(cache_dir: Path, max_bytes: int) -> None:
 def _only_prune(vectors: Path) -> Iterator[None]:
     """Hold the lock that two prunes contend for; readers and writers need none."""
     with open(vectors / ".prune.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        wait_for_lock(lock.fileno())  # released when the file closes, also by a crash
         yield
 
 

@@ -8,7 +8,6 @@ A plan looks at LOOKED_AT of them at most: the newest half, since files that com
 and a block of the older ones, another by lot each hour. The rest is left out by its key alone.
 """
 
-import fcntl
 import hashlib
 import json
 import threading
@@ -29,6 +28,7 @@ from pipeline.photos.files import FileStat, PhotoError, PhotoFolder
 from pipeline.stage import parquet
 from pipeline.stage.command import log
 from pipeline.stage.errors import StorageError
+from pipeline.stage.lock import wait_for_lock
 from pipeline.stage.settings import PHOTO_LIMITS, Identity, Settings
 
 if TYPE_CHECKING:  # a plan does without
@@ -327,5 +327,5 @@ def _locked(path: Path) -> Iterator[None]:
     """Only one process at a time replaces a ledger; the kernel drops the lock with its holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock.fileno())
         yield

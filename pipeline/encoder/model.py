@@ -151,8 +151,15 @@ def resolve_device(device: str) -> str:
     index = int(device.partition(":")[2] or 0)
     if index >= count:
         found = f"{count} CUDA devices" if count else "no CUDA device, or a torch without CUDA"
-        raise SettingsError(f"device {device}", found, "", "device: auto takes what is there")
+        raise SettingsError(f"device {device}", found, "", "set device: cpu to encode without")
     return device
+
+
+def gpus(device: str) -> int:
+    """How many GPUs encodes with this setting may use at a time; 0 on a processor."""
+    if device == "cpu":
+        return 0
+    return min(1, _cuda_devices()) if ":" in device else _cuda_devices()
 
 
 def resolve_precision(precision: str, device: str) -> str:

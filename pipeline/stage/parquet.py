@@ -4,10 +4,10 @@ Every file carries one JSON document under the key `listing_vectors` that says w
 the database, settings and encoder made it.
 """
 
-import fcntl
 import glob
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 
 from pipeline.stage import lifetime
 from pipeline.stage.errors import DataError
+from pipeline.stage.lock import machine, try_lock, wait_for_lock
 from pipeline.stage.settings import Identity
 
 KEY = b"listing_vectors"
 ROW_GROUP = 64_000
 VECTOR_ROW_GROUP = 4_096
+ABANDONED_S = 24 * 3600  # a writer on another machine that has added nothing for so long is gone
 
 _LISTING = [
     pa.field("generation", pa.int32()),
@@ -115,7 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
     An OSError that names no file gets this one's name. What killed writers of `path` have left
     is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{machine()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
@@ -139,8 +141,7 @@ def _held(temporary: Path) -> Iterator[int]:
     while True:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with suppress(OSError):  # a file system without locks: then nothing is removed either
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor)
             if not temporary.exists():  # taken for abandoned between the two lines above
                 continue
             yield descriptor
@@ -150,11 +151,18 @@ def _held(temporary: Path) -> Iterator[int]:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove the temporary files that no living process holds; safe beside running writers."""
+    """Remove the temporary files whose writers are gone; safe beside running writers.
+
+    A writer on this machine holds its file's lock. One on another machine may hold a lock that is
+    not seen here, as may any where the file system has no locks: there, age decides.
+    """
     for path in folder.glob(pattern):
         with suppress(OSError), open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            locked = try_lock(file.fileno())
+            ours = locked and path.name.split(".")[-3] == machine()
+            old = time.time() - path.stat().st_mtime > ABANDONED_S
+            if locked is not False and (ours or old):
+                path.unlink()
 
 
 @contextmanager

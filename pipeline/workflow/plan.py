@@ -4,7 +4,6 @@ A failure ends Snakemake with one line. A rule's params are its flags and a dige
 `snakemake -n` shows which setting changed; speed settings are resources, which cause no rerun.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -43,7 +42,7 @@ from pipeline.stage.settings import (
 )
 from pipeline.workflow import words
 from pipeline.workflow.code import PIPELINE
-from pipeline.workflow.hooks import LOCK, refusals
+from pipeline.workflow.hooks import refusals
 from pipeline.workflow.preflight import check_cache_dir
 from pipeline.workflow.summary import last_rate
 
@@ -415,25 +414,21 @@ def _digest(values: list[object]) -> str:
 
 
 def run_this_checkout() -> None:
-    """Let `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake."""
-    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-    os.environ["PYTHONPATH"] = str(PIPELINE.parent)
+    """Let `python -m pipeline.<stage>` be this code, in the Python that runs Snakemake.
+
+    And `sbatch` the one that hands no job the secret. What a cluster's modules have put on either
+    path stays behind them.
+    """
+    _search_first("PATH", Path(sys.executable).parent)
+    _search_first("PATH", PIPELINE.parent / "profiles" / "slurm" / "bin")
+    _search_first("PYTHONPATH", PIPELINE.parent)
     lifetime.mark_run()
 
 
-def lock_folder() -> None:
-    """Only one run at a time in a folder. The kernel drops the lock with its holder.
-
-    Snakemake's own lock survives a SIGKILL and has to be removed by hand; profiles/default
-    switches it off.
-    """
-    LOCK.parent.mkdir(exist_ok=True)
-    file = os.open(LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(
-            f"error: another run is at work in {Path.cwd().name}/; hint: wait for its end, or use"
-            " another --directory"
-        ) from None
-    os.utime(file)
+def _search_first(variable: str, folder: Path) -> None:
+    others = [
+        word
+        for word in os.environ.get(variable, "").split(os.pathsep)
+        if word not in ("", str(folder))
+    ]
+    os.environ[variable] = os.pathsep.join([str(folder), *others])
