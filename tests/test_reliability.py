@@ -39,9 +39,9 @@ from pipeline.stage import parquet
 from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
 from pipeline.stage.settings import Environment, Settings
 
-KILL_ROUNDS = int(os.environ.get("LISTING_KILL_ROUNDS", "2"))
+KILL_ROUNDS = int(os.environ.get("LISTING_KILL_ROUNDS", "1"))
 LOAD_ROUNDS = int(os.environ.get("LISTING_LOAD_ROUNDS", "10"))
-SOAK_ROUNDS = int(os.environ.get("LISTING_SOAK_ROUNDS", "3"))
+SOAK_ROUNDS = int(os.environ.get("LISTING_SOAK_ROUNDS", "2"))
 SEED = int(os.environ.get("LISTING_SEED", "1"))
 
 STAGES = ("export", "select", "encode", "aggregate", "load")

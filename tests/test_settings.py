@@ -459,7 +459,11 @@ def named_at(rule: str) -> set[str]:
     params = block.split("    params:\n")[1].split("        code=")[0]
     groups = {"*KEY": Identity._fields, "*PHOTO_LIMITS": settings.PHOTO_LIMITS}
     listed = [name for group, names in groups.items() if group in params for name in names]
-    return {*listed, *re.findall(r'"(\w+)"', params), *re.findall(r"\bsettings\.(\w+)", block)}
+    return {
+        *listed,
+        *re.findall(r'"(\w+)"', params),
+        *re.findall(r"\b(?:settings|each)\.(\w+)", block),
+    }
 
 
 @pytest.mark.parametrize("stage", ["export", "select", "encode", "aggregate", "load", "benchmark"])
@@ -474,5 +478,5 @@ def test_a_rule_names_the_settings_of_its_command(
     flags = {f.replace("-", "_") for f in re.findall(r"^  --([\w-]+)", text, re.M)}
     module = importlib.import_module(f"pipeline.{stage}")
 
-    assert named_at(stage) - {"weights"} == flags & Settings.model_fields.keys()
+    assert named_at(stage) - {"weights", "threads"} == flags & Settings.model_fields.keys()
     assert str(module.__doc__).splitlines()[0] in " ".join(text.split())

@@ -616,6 +616,7 @@ def test_a_split_is_kept_while_there_is_work(finished: Workspace) -> None:
 
 def test_a_job_of_its_own_process_has_the_split_of_the_run(finished: Workspace) -> None:
     """As on a cluster: the process of a job gets the number and reads no database for it."""
+    finished.config["device"] = "cpu"  # on a cluster, auto means a GPU
     finished.database.edit(1, LATER)
     finished.run("selected", "--set-scatter", "encode=2", config={"shards": "auto"})
     shard = "results/encode/2-of-2.parquet"

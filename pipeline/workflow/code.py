@@ -16,6 +16,7 @@ UNDECIDING = {
     "stage/command.py": "what is said, where, and how a process ends",
     "stage/errors.py": "the words of what ends a stage",
     "stage/lifetime.py": "when a stage ends before its time",
+    "stage/lock.py": "who may write when",
     "stage/settings.py": "its values reach the stages as flags, and those are params",
     "cache/vectors.py": "a hit is what encoding would give",
     "cache/parts.py": "likewise",
