@@ -306,7 +306,7 @@ def table_names(environment: Environment) -> dict[str, str]:
 
 
 def candidates_sql(cursor: Cursor, environment: Environment) -> str:
-    """The scored candidates of the listings in `{{relation}}`, of the tables of `table_names`."""
+    """The scored candidates of the listings in `{relation}`, of the tables of `table_names`."""
     return _WITH_FEATURES if has_table(cursor, environment.features) else _NO_FEATURES
 
 

@@ -17,13 +17,12 @@ from pipeline.database.connection import quoted
 from pipeline.stage import lifetime
 from pipeline.stage.errors import PipelineError, storage_errors
 from pipeline.workflow import summary
-from pipeline.workflow.summary import NOTHING, Run
+from pipeline.workflow.summary import LOGS, NOTHING, Run
 
 if TYPE_CHECKING:
     from pipeline.workflow.plan import Workflow
 
 LOCK = Path(".snakemake/run.lock")  # written as the run starts
-LOGS = Path("logs")
 AGAIN = "run it again: nothing that was encoded is lost"
 NOTHING_TO_BE_DONE = "Nothing to be done"  # how Snakemake begins to say so
 

@@ -15,7 +15,7 @@ from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database import inputs, registry, rights, target, waiting
 from pipeline.database.catalog import has_table
-from pipeline.database.connection import connect, fetch, quoted, translated_errors
+from pipeline.database.connection import connect, fetch, quoted
 from pipeline.database.pending import Pending, prepare
 from pipeline.encoder.model import Model, model_of, resolve_device, resolve_precision
 from pipeline.photos.files import PhotoError, PhotoFolder, check_image_root
@@ -270,18 +270,9 @@ def _pgvector(cursor: Cursor) -> Iterator[Finding]:
 
 def _selected(cursor: Cursor, pending: Pending, chosen: Settings) -> list[str | None]:
     """The photos of the candidates that `select` would take, PHOTOS of them at even distances."""
-    import polars as pl
+    from pipeline.workflow.outlook import selected_paths  # loads polars
 
-    from pipeline.select import select_images
-    from pipeline.stage.parquet import CANDIDATES
-
-    with translated_errors():
-        cursor.execute(pending.candidates)
-        candidates = pl.DataFrame(cursor.fetch_arrow_table().cast(CANDIDATES))
-    selected = select_images(
-        candidates, chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots
-    )
-    paths = list(dict.fromkeys(selected["storage_path"].to_list()))
+    paths = list(dict.fromkeys(selected_paths(cursor, pending.candidates, chosen)))
     count = min(PHOTOS, len(paths))
     return [paths[i * len(paths) // count] for i in range(count)]
 

@@ -128,9 +128,10 @@ def look(chosen: Settings, environment: Environment) -> Status:
         plain = chosen.model_copy(update={"force": False})
         pending = prepare(cursor, environment, plain, left_out)
         counted, digest = census.take(cursor, pending), Digest(*fetch(cursor, pending.digest)[0])
+        taken = digest
         if chosen.force:
             pending = prepare(cursor, environment, chosen, left_out)
-        taken = Digest(*fetch(cursor, pending.digest)[0]) if chosen.force else digest
+            taken = Digest(*fetch(cursor, pending.digest)[0])
         return Status(
             database=described(cursor),
             table=quoted(environment.vectors),
