@@ -102,7 +102,7 @@ def embedder(encoder: Path, photos: Path) -> Embed:
         if digest not in known:
             try:
                 pixels = load_pixels(data, transform, "full", True, 80_000_000)
-                known[digest] = loaded.encode(pixels[None], 1)[0]
+                known[digest] = loaded.encode(pixels[None])[0]
             except PhotoError:
                 known[digest] = None
         return known[digest]

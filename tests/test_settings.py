@@ -145,9 +145,9 @@ def test_the_lock_is_within_the_ranges() -> None:
         ),
         (
             {"decode": "fast"},
-            "expected decode: 'full' or 'scaled', found 'fast' (config.yaml);"
-            " hint: decode is: full: every pixel; scaled: JPEG shrunk while decoding"
-            " (default 'full')",
+            "expected decode: 'full', 'scaled' or 'gpu', found 'fast' (config.yaml);"
+            " hint: decode is: full: every pixel; scaled: JPEG shrunk while decoding; gpu: on the"
+            " GPU (default 'full')",
         ),
         (
             {"max_failed_fraction": 2},

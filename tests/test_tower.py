@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,8 @@ def test_a_vector_does_not_depend_on_its_batch(kind: str, request: pytest.Fixtur
     for row in (0, 7):
         assert encoder.encode(batch[row : row + 1]).tobytes() == vectors[row].tobytes()
     filled = torch.cat([batch[:2], photos(encoder, encoder.batch_rows - 2, seed=5)])
-    assert encoder.encode(filled, 2).tobytes() == vectors[:2].tobytes()
+    assert encoder.encode(filled)[:2].tobytes() == vectors[:2].tobytes()
+    assert encoder.encode(list(batch)).tobytes() == vectors.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["vit", "conv"])
@@ -391,39 +393,57 @@ def test_a_vector_without_direction_is_a_row_of_nan(bad: list[float]) -> None:
     np.testing.assert_allclose(vectors[[0, 2]], [[0.6, 0.8]] * 2, rtol=1e-6)
 
 
-def test_more_rows_than_there_are_is_refused(vit: str) -> None:
-    """No rows give no vectors; more than the batch holds are an error of the caller."""
+def test_no_photos_give_no_vectors(vit: str) -> None:
+    """An empty batch is no forward pass."""
     encoder = load(vit)
 
-    assert encoder.encode(photos(encoder, 3), 0).shape == (0, DIM)
-    with pytest.raises(ValueError, match="rows is 9, of 3"):
-        encoder.encode(photos(encoder, 3), 9)
+    assert encoder.encode(photos(encoder, 0)).shape == (0, DIM)
 
 
 # Devices that fail
 
 
-class FailingSlot(encoder_module._Slot):
-    """Buffers whose GPU fails a few times, and then computes on the CPU."""
+class Gpu(encoder_module._Lane):
+    """A stand-in: work is queued on a thread of its own, takes a while, and fails a few times."""
 
-    def __init__(self, error: Exception, times: int) -> None:
-        self.error, self.times = error, times
+    def __init__(self, forward: Any, rows: int, error: Exception, times: int) -> None:
+        self.forward, self.rows, self.error, self.times = forward, rows, error, times
+        self.stream = ThreadPoolExecutor(1)
+        self.busy, self.most = 0, 0
 
-    def encode(self, forward: Any, batch: torch.Tensor, rows: int) -> Any:
+    def encode(self, pixels: Sequence[torch.Tensor]) -> Any:
+        self.busy += 1
+        self.most = max(self.most, self.busy)
+        try:
+            return self.stream.submit(self._compute, pixels).result()
+        finally:
+            self.busy -= 1
+
+    def _compute(self, pixels: Sequence[torch.Tensor]) -> Any:
+        time.sleep(0.01)
         self.times -= 1
         if self.times >= 0:
             raise self.error
-        return forward(batch)[:rows].numpy()
+        batch = torch.zeros((self.rows, *pixels[0].shape), dtype=torch.uint8)
+        batch[: len(pixels)] = torch.stack(list(pixels))
+        return self.forward(batch)[: len(pixels)].numpy()
+
+
+def on_stand_in(encoder: Encoder, error: Exception, times: int) -> list[Gpu]:
+    """Let the encoder work on two lanes of a stand-in for a GPU."""
+    lanes = [Gpu(encoder._forward, encoder.batch_rows, error, times) for _ in range(2)]
+    encoder._lanes = queue.SimpleQueue()
+    for lane in lanes:
+        encoder._lanes.put(lane)
+    return lanes
 
 
 @pytest.mark.timeout(60)
-def test_a_failed_batch_gives_its_buffers_back(vit: str) -> None:
-    """However many batches fail, the next ones are not left waiting for buffers."""
+def test_a_failed_batch_gives_its_lane_back(vit: str) -> None:
+    """However many batches fail, the next ones are not left waiting for a lane."""
     encoder, exact = load(vit), load(vit)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    encoder._slots = queue.SimpleQueue()
-    for _ in range(2):
-        encoder._slots.put(FailingSlot(error, times=3))
+    on_stand_in(encoder, error, times=3)
     batch = photos(encoder, encoder.batch_rows)
     with ThreadPoolExecutor(4) as pool:
         done = [pool.submit(encoder.encode, batch) for _ in range(20)]
@@ -432,6 +452,36 @@ def test_a_failed_batch_gives_its_buffers_back(vit: str) -> None:
     assert len(failed) == 6
     assert {error} == {future.exception() for future in failed}
     assert encoder.encode(batch).tobytes() == exact.encode(batch).tobytes()
+
+
+@pytest.mark.timeout(60)
+def test_batches_on_two_lanes_come_back_to_their_callers(vit: str) -> None:
+    """Two batches are on the GPU at a time, one a lane, and each caller has its own vectors."""
+    encoder, exact = load(vit), load(vit)
+    lanes = on_stand_in(encoder, RuntimeError(), times=0)
+    batches = [photos(encoder, 1 + seed % 11, seed) for seed in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(encoder.encode, batches))
+
+    assert [exact.encode(b).tobytes() for b in batches] == [v.tobytes() for v in found]
+    assert [1, 1] == [lane.most for lane in lanes]
+
+
+@pytest.mark.parametrize("devices", ["cc", "gg", "cgc"])
+def test_a_batch_is_filled_from_cpu_and_gpu(devices: str) -> None:
+    """Photos from either side are in their rows, and the rows behind them are left alone."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    pixels = [torch.full((3, 2, 2), row + 1, dtype=torch.uint8) for row in range(len(devices))]
+    given = [
+        p.as_subclass(OnGpu) if side == "g" else p for p, side in zip(pixels, devices, strict=True)
+    ]
+    batch, pinned = (torch.full((4, 3, 2, 2), 9, dtype=torch.uint8) for _ in range(2))
+    encoder_module._fill(batch, pinned, given)
+
+    assert [*range(1, len(devices) + 1), 9, 9][:4] == batch[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ processes may read and add at the same time. Deleting any of it costs time, neve
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ class Hits:
 
 
 class VectorCache:
-    """The entries of one fingerprint. For one thread at a time, and any number of processes.
+    """The entries of one fingerprint, for any number of threads and processes.
+
+    Threads wait for each other only in memory and while a part is written, not while one is read.
 
     Memory: 32 bytes an entry, and the entries that are not written yet. With `read=False`
     nothing but what this object adds is found; it is written, and wins over what was there.
@@ -102,6 +105,7 @@ class VectorCache:
         self._unwritten_digests: dict[bytes, Entry] = {}
         self._oldest = 0.0
         self._warned = False
+        self._lock = threading.RLock()  # over all of the above
         self.refresh()
 
     @classmethod
@@ -135,19 +139,23 @@ class VectorCache:
         columns = [pa.array(paths), pa.array(sizes), pa.array(mtimes)]
         asked = pa.table(columns, FILE_KEY)
         keys = zip(paths, sizes.tolist(), mtimes.tolist(), strict=True)
-        unwritten = {
-            row: entry for row, key in enumerate(keys) if (entry := self._unwritten_files.get(key))
-        }
+        with self._lock:
+            unwritten = {
+                row: entry
+                for row, key in enumerate(keys)
+                if (entry := self._unwritten_files.get(key))
+            }
         return self._lookup(self._files, file_hashes(asked), asked, unwritten)
 
     def lookup_digests(self, digests: list[bytes]) -> Hits:
         """Images by the SHA-256 of their bytes, row by row."""
         asked = pa.table([pa.array(digests, pa.binary(32))], ["digest"])
-        unwritten = {
-            row: entry
-            for row, digest in enumerate(digests)
-            if (entry := self._unwritten_digests.get(digest))
-        }
+        with self._lock:
+            unwritten = {
+                row: entry
+                for row, digest in enumerate(digests)
+                if (entry := self._unwritten_digests.get(digest))
+            }
         return self._lookup(self._digests, digest_hashes(asked), asked, unwritten)
 
     def add(
@@ -165,15 +173,16 @@ class VectorCache:
         shard that needs them does without.
         """
         entry = Entry(storage_path, size, mtime_ns, digest, vec, error)
-        if not self._unwritten:
-            self._oldest = time.monotonic()
-        self._unwritten.append(entry)
-        self._unwritten_files[storage_path, size, mtime_ns] = entry
-        self._unwritten_digests[digest] = entry
-        if len(self._unwritten) >= FLUSH_ROWS:
-            self._write_or_forget()
-        else:
-            self._flush_if_due()
+        with self._lock:
+            if not self._unwritten:
+                self._oldest = time.monotonic()
+            self._unwritten.append(entry)
+            self._unwritten_files[storage_path, size, mtime_ns] = entry
+            self._unwritten_digests[digest] = entry
+            if len(self._unwritten) >= FLUSH_ROWS:
+                self._write_or_forget()
+            else:
+                self._flush_if_due()
 
     def flush(self) -> None:
         """Write what is not written yet as one part. DataError: the folder takes no files."""
@@ -209,12 +218,15 @@ class VectorCache:
 
     def refresh(self) -> int:
         """Take in the parts that other processes have written since; returns how many."""
-        self._flush_if_due()
+        with self._lock:
+            self._flush_if_due()
         if not self.read:
             return 0
         new = [name for name in part_names(self.folder) if name not in self._parts.known]
         read = [(name, *keys) for name in new if (keys := self._keys(name)) is not None]
-        self._index(read)
+        with self._lock:
+            # what another thread has taken in meanwhile is here already
+            self._index([part for part in read if part[0] not in self._parts.known])
         return len(read)
 
     def _flush_if_due(self) -> None:
@@ -250,7 +262,9 @@ class VectorCache:
             _put(hits, row, entry.vec, entry.error)
         while True:
             missing = np.array([r for r in range(len(hashes)) if not hits.found(r)], np.int64)
-            vanished = self._read_hits(hits, index.find(hashes[missing]), missing, asked)
+            with self._lock:
+                places = index.find(hashes[missing])
+            vanished = self._read_hits(hits, places, missing, asked)
             # a prune moves entries to a new part before it removes the old one
             if not vanished:
                 return hits

@@ -174,6 +174,12 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
+def check_decode(decode: str, device: str) -> None:
+    """SettingsError where a GPU is to decode and there is none."""
+    if decode == "gpu" and device == "cpu":
+        raise SettingsError("a CUDA device for decode gpu", "cpu", "", "full or scaled")
+
+
 def full_preprocess(overlay: Mapping[str, Any], size: Any) -> dict[str, Any]:
     """Open_clip's default preprocessing under `overlay`; `size` is the image tower's input.
 

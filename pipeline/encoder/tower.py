@@ -10,8 +10,7 @@ import os
 import queue
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.encoder.claim import wait_asleep
 from pipeline.encoder.model import (
     CONFIG_FILE,
     HUB,
@@ -91,29 +91,61 @@ def probe(device: str) -> None:
         torch.relu(ones @ ones).sum().item()
 
 
-@dataclass
-class _Slot:
-    """Pinned buffers for one batch on its way through a GPU."""
+class _Lane:
+    """A stream of one's own on a GPU, with the buffers of one batch and its forward pass.
 
-    pixels: torch.Tensor
-    vectors: torch.Tensor
-    device: torch.device
-    done: torch.cuda.Event
+    What two lanes do overlaps: one copies while the other computes. The pass is a CUDA graph, one
+    launch instead of hundreds: at 96 rows a ViT-B/32 gains 1.6 times, being shorter than them.
+    """
 
-    def encode(self, forward: Forward, batch: torch.Tensor, rows: int) -> npt.NDArray[np.float32]:
-        """The vectors of the first rows; waits for this batch, not for what else is on the GPU."""
-        pixels = _filled(self.pixels, batch, rows).to(self.device, non_blocking=True)
-        self.vectors.copy_(forward(pixels), non_blocking=True)
-        self.done.record(torch.cuda.current_stream(self.device))
-        self.done.synchronize()
-        vectors: npt.NDArray[np.float32] = self.vectors[:rows].numpy().copy()
-        return vectors
+    def __init__(self, forward: Forward, shape: tuple[int, ...], device: torch.device) -> None:
+        self._forward = forward
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with torch.cuda.stream(self._stream):
+            forward(self._pixels)  # kernels are chosen and loaded before they are recorded
+            self._stream.synchronize()
+            self._record()
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._vectors = self._forward(self._pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a tower that asks the CPU on its way cannot be recorded
+            log.debug("no CUDA graph: %s", _short(error))
+            torch.cuda.synchronize(self._pixels.device)
+            return
+        self._graph = graph
+
+    def encode(self, pixels: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """The vectors of at most a batch; what the buffers held before stays behind its rows."""
+        with torch.cuda.stream(self._stream):
+            _fill(self._pixels, self._pinned, pixels)
+            if self._graph is None:
+                self._vectors = self._forward(self._pixels)
+            else:
+                self._graph.replay()
+            vectors: npt.NDArray[np.float32] = self._vectors[: len(pixels)].cpu().numpy()
+            return vectors
 
 
-def _filled(buffer: torch.Tensor, batch: torch.Tensor, rows: int) -> torch.Tensor:
-    """The batch in the fixed shape; what the buffer held before stays behind it."""
-    buffer[:rows].copy_(batch[:rows])
-    return buffer
+def _fill(batch: torch.Tensor, pinned: torch.Tensor, pixels: Sequence[torch.Tensor]) -> None:
+    """The photos into the first rows of a batch on a GPU: from there, or by way of `pinned`."""
+    rows = len(pixels)
+    on_gpu = sum(each.is_cuda for each in pixels)
+    if on_gpu == rows:
+        torch.stack(list(pixels), out=batch[:rows])
+    elif on_gpu == 0:
+        torch.stack(list(pixels), out=pinned[:rows])
+        batch[:rows].copy_(pinned[:rows], non_blocking=True)
+    else:
+        for row, each in enumerate(pixels):
+            batch[row].copy_(each, non_blocking=True)
 
 
 class _OneDnnLinear(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -186,42 +218,38 @@ class Encoder:
             torch.backends.mha.set_fastpath_enabled(False)  # one kernel, with MKL inside
             self._linear = _OneDnnLinear(tower)
         self.dim = int(self._forward(self._blank().to(self._device)).shape[1])
-        self._slots: queue.SimpleQueue[_Slot] | None = None  # on a CPU no buffers are needed
+        self._lanes: queue.SimpleQueue[_Lane] | None = None  # on a CPU no buffers are needed
         if self._device.type == "cuda":
-            self._slots = queue.SimpleQueue()
+            self._lanes = queue.SimpleQueue()
             for _ in range(IN_FLIGHT):
-                self._slots.put(self._slot())
+                self._lanes.put(_Lane(self._forward, self._shape, self._device))
 
-    def encode(self, batch: torch.Tensor, rows: int | None = None) -> npt.NDArray[np.float32]:
-        """Unit vectors, float32 (rows, dim), of the first `rows` images (all) of a uint8 tensor.
+    def encode(self, pixels: torch.Tensor | Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """Unit vectors, float32 (rows, dim), of photos as uint8 (3, height, width), RGB, stacked or
+        not, on the CPU or the encoder's GPU.
 
-        `batch` is (at least rows, 3, height, width), RGB, on the CPU; if it is longer than
-        batch_rows, it is encoded in parts. A vector without direction (zero or not finite) is a
-        row of NaN; the others are what they would be without it. On a GPU, IN_FLIGHT callers are
-        served at once and others wait. Raises what torch raises; see device_errors.
+        More than batch_rows are encoded in parts. A vector without direction (zero or not finite)
+        is a row of NaN; the others are what they would be without it. On a GPU, IN_FLIGHT callers
+        are served at once and others wait. Raises what torch raises; see device_errors.
         """
-        rows = len(batch) if rows is None else rows
-        if not 0 <= rows <= len(batch):
-            raise ValueError(f"rows is {rows}, of {len(batch)}")
         parts = [
-            self._part(batch[start : start + self.batch_rows], length)
-            for start in range(0, rows, self.batch_rows)
-            for length in [min(self.batch_rows, rows - start)]
+            self._part(list(pixels[start : start + self.batch_rows]))
+            for start in range(0, len(pixels), self.batch_rows)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
-    def _part(self, batch: torch.Tensor, rows: int) -> npt.NDArray[np.float32]:
-        """The vectors of at most batch_rows images, in one forward pass."""
-        if self._slots is None:
-            full = rows == len(batch) == self.batch_rows
-            pixels = batch if full else _filled(self._blank(), batch, rows)
-            vectors: npt.NDArray[np.float32] = self._forward(pixels)[:rows].numpy().copy()
+    def _part(self, pixels: list[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """The vectors of at most batch_rows photos, in one forward pass."""
+        if self._lanes is None:
+            batch = torch.zeros(self._shape, dtype=torch.uint8)
+            torch.stack(pixels, out=batch[: len(pixels)])
+            vectors: npt.NDArray[np.float32] = self._forward(batch)[: len(pixels)].numpy().copy()
             return vectors
-        slot = self._slots.get()
+        lane = self._lanes.get()
         try:
-            return slot.encode(self._forward, batch, rows)
+            return lane.encode(pixels)
         finally:
-            self._slots.put(slot)  # a failed batch's too: others wait for it
+            self._lanes.put(lane)  # after a failure too: others wait for it
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Unit vectors (float32, on the device) of a full batch of uint8 pixels."""
@@ -236,14 +264,6 @@ class Encoder:
 
     def _channels(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
-
-    def _slot(self) -> _Slot:
-        return _Slot(
-            torch.zeros(self._shape, dtype=torch.uint8, pin_memory=True),
-            torch.zeros((self.batch_rows, self.dim), pin_memory=True),
-            self._device,
-            torch.cuda.Event(),  # type: ignore[no-untyped-call]
-        )
 
 
 def _cpu_rows(tower: torch.nn.Module, batch_size: int) -> int:
@@ -283,6 +303,7 @@ def load_encoder(
     torch.set_num_threads(1)
     # fp32 is asked for to be exact; torch would round the convolutions' factors to ten bits.
     torch.backends.cudnn.allow_tf32 = False
+    wait_asleep(device)
     probe(device)
     name, checkpoint = _located(model, _fetched(model))
     clip, preprocess = _created(model, name, checkpoint, precision)

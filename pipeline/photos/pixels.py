@@ -9,8 +9,10 @@ import io
 import logging
 import math
 import re
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from torchvision.transforms.v2 import functional as vision
 from pipeline.photos.files import PhotoError
 from pipeline.stage.errors import ModelError
 
-Decode = Literal["full", "scaled"]
+Decode = Literal["full", "scaled", "gpu"]
 Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -53,6 +55,9 @@ _AFTER_WEBP = {"exif", "xmp"}
 _MAX_CROPS = 32
 _JPEG_SCALES = (8, 4, 2)
 _NO_MEMORY = "more than there is memory for"
+# Fresh pages for each photo's pixels would cost a tenth of its decoding; each thread keeps some.
+_KEPT_BYTES = 48 * 2**20
+_kept = threading.local()
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,9 @@ def load_pixels(
 ) -> torch.Tensor:
     """The pixels of one photo file: uint8, contiguous, (3, height, width) of `transform.size`.
 
-    `decode='full'` is within three levels of open_clip's own transform; 'scaled' lets the JPEG
-    decoder shrink by 2, 4 or 8 as long as twice the resized size remains. `upright` applies the
+    `decode='full'` is within three levels of open_clip's own transform, as are with 'gpu' the
+    photos that come here (see pipeline.photos.gpu); 'scaled' lets the JPEG decoder shrink by 2, 4
+    or 8 as long as twice the resized size remains. `upright` applies the
     EXIF orientation; an unreadable one counts as none, and HEIC and TIFF, whose decoders turn them,
     are upright always. Transparent parts are white, grey of 16 bits is scaled to 8, and only the
     first frame counts. `max_pixels` bounds width times height as the header states them, before
@@ -138,8 +144,15 @@ def load_pixels(
 
     Raises PhotoError 'broken' or 'too-large', whatever the bytes are, and nothing else.
     """
-    try:
+    with photo_errors(max_pixels):
         return _load(data, transform, decode, upright, max_pixels)
+
+
+@contextmanager
+def photo_errors(max_pixels: int) -> Iterator[None]:
+    """Turn whatever a decoder raises into PhotoError, 'broken' or 'too-large'."""
+    try:
+        yield
     except PhotoError:
         raise
     except Image.DecompressionBombError as error:
@@ -158,14 +171,10 @@ def load_pixels(
 def _load(
     data: bytes, transform: Transform, decode: Decode, upright: bool, max_pixels: int
 ) -> torch.Tensor:
-    if not data:
-        raise PhotoError("broken", "the file is empty")
-    _limit_pillow(max_pixels)
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        _check_size(image, max_pixels)
+    with opened(data, max_pixels) as image:
         pixels = None
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-            orientation = _orientation(image) if upright else 1
+            orientation = orientation_of(image) if upright else 1
             size = image.height, image.width
             pixels = _decode_jpeg(image, data, jpeg_scale(size, transform, decode, orientation))
         elif image.format == "WEBP" and image.mode == "RGB" and not image.info.keys() & _AFTER_WEBP:
@@ -176,10 +185,23 @@ def _load(
             # Some plugins know the size and the orientation only now; TIFF turns itself.
             image.load()
             _check_size(image, max_pixels)
-            orientation = _orientation(image) if upright else 1
+            orientation = orientation_of(image) if upright else 1
             size = image.height, image.width
             pixels = np.array(_opaque(image))
-    return _fit(torch.from_numpy(pixels), size, orientation, transform)
+    # The strides of height, width, channel are kept under the shape (3, height, width): torch has
+    # its fastest kernel for them.
+    decoded = torch.from_numpy(pixels).permute(2, 0, 1)
+    return fit(decoded, size, orientation, transform)
+
+
+def opened(data: bytes, max_pixels: int) -> Image.Image:
+    """A photo whose header has been read and is within the limit; PhotoError or Pillow's errors."""
+    if not data:
+        raise PhotoError("broken", "the file is empty")
+    _limit_pillow(max_pixels)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    _check_size(image, max_pixels)
+    return image
 
 
 def _limit_pillow(max_pixels: int) -> None:
@@ -208,7 +230,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, as Pillow finds it; 1 where there is none that makes sense."""
     try:
         value = image.getexif().get(0x0112)
@@ -220,9 +242,9 @@ def _orientation(image: Image.Image) -> int:
 def jpeg_scale(size: Size, transform: Transform, decode: Decode, orientation: int) -> int:
     """By how much the decoder shrinks a JPEG of the stored `size`: 8, 4, 2 or 1.
 
-    The largest power of two that leaves at least twice the resized size; 1 for 'full'.
+    The largest power of two that leaves at least twice the resized size; 1 unless 'scaled'.
     """
-    if decode == "full":
+    if decode != "scaled":
         return 1
     target = _stored(transform.resized(_stored(size, orientation)), orientation)
     for scale in _JPEG_SCALES:
@@ -240,7 +262,7 @@ def _decode_jpeg(image: Image.Image, data: bytes, scale: int) -> Pixels | None:
         raise PhotoError("broken", f"a progressive JPEG of more than {_MAX_SCANS} scans")
     height, width = -(-image.height // scale), -(-image.width // scale)
     # The buffer is as large as the header says: a decoder that reads another size refuses.
-    buffer = np.empty((height, width, 3), np.uint8)
+    buffer = _buffer(height, width)
     try:
         decoded = simplejpeg.decode_jpeg(
             data, "RGB", min_height=height, min_width=width, buffer=buffer, strict=True
@@ -248,6 +270,17 @@ def _decode_jpeg(image: Image.Image, data: bytes, scale: int) -> Pixels | None:
     except Exception:  # noqa: BLE001  whatever it is, Pillow has the last word
         return None
     return buffer if decoded.shape == buffer.shape else None
+
+
+def _buffer(height: int, width: int) -> Pixels:
+    """Memory for decoded pixels; the same for each photo of a thread, but for very large ones."""
+    size = height * width * 3
+    if size > _KEPT_BYTES:
+        return np.empty((height, width, 3), np.uint8)
+    kept: Pixels | None = getattr(_kept, "pixels", None)
+    if kept is None or kept.size < size:
+        kept = _kept.pixels = np.empty(size, np.uint8)
+    return kept[:size].reshape(height, width, 3)
 
 
 def _decode_webp(data: bytes, size: Size) -> Pixels | None:
@@ -285,20 +318,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled)
 
 
-def _fit(pixels: torch.Tensor, size: Size, orientation: int, transform: Transform) -> torch.Tensor:
-    """Resize (height, width, 3) pixels of a photo of the stored `size`, turn and crop them.
+def fit(pixels: torch.Tensor, size: Size, orientation: int, transform: Transform) -> torch.Tensor:
+    """Resize decoded pixels (..., 3, height, width) of photos of the stored `size`, turn and crop.
 
-    Turning comes last because the photo is small then. The strides of height, width, channel are
-    kept under the shape (3, height, width): torch has its fastest kernel for them.
+    The result is (..., 3, height, width) of `transform.size`, in memory of its own. Turning comes
+    last because the photo is small then.
     """
     target = _stored(transform.resized(_stored(size, orientation)), orientation)
-    pixels, target = _narrowed(pixels.permute(2, 0, 1), target, transform)
+    pixels, target = _narrowed(pixels, target, transform)
     if orientation >= 5:
         # Resizing goes across first, then down, and rounds between the two. Of a photo on its side
         # that is down first; in the other order, pixels are up to ten levels off.
-        pixels = _resized(pixels, (target[0], pixels.shape[2]), transform)
+        pixels = _resized(pixels, (target[0], pixels.shape[-1]), transform)
     small = _resized(pixels, target, transform)
-    return _cropped(_turned(small, orientation), transform).contiguous()
+    upright = _cropped(_turned(small, orientation), transform)
+    return upright.clone(memory_format=torch.contiguous_format)
 
 
 def _resized(pixels: torch.Tensor, target: Size, transform: Transform) -> torch.Tensor:
@@ -320,34 +354,32 @@ def _narrowed(
     if max(target) <= most or transform.resize_mode != "shortest":
         return pixels, target
     side = 0 if target[0] > target[1] else 1
-    length = pixels.shape[1 + side]
+    length = pixels.shape[side - 2]
     kept = math.ceil(length * most / target[side])
     kept -= (length - kept) % 2  # the same parity: the middle stays the middle
     cut = round(target[side] * kept / length)
-    pixels = pixels.narrow(1 + side, (length - kept) // 2, kept)
+    pixels = pixels.narrow(side - 2, (length - kept) // 2, kept)
     return pixels, (cut, target[1]) if side == 0 else (target[0], cut)
 
 
 def _turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Upright pixels (3, height, width) of an EXIF orientation 1 to 8."""
+    """Upright pixels (..., height, width) of an EXIF orientation 1 to 8."""
     if orientation >= 5:
-        pixels = pixels.transpose(1, 2)
-    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+        pixels = pixels.transpose(-2, -1)
+    flips = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation)
     return pixels.flip(flips) if flips else pixels
 
 
 def _cropped(pixels: torch.Tensor, transform: Transform) -> torch.Tensor:
     """The middle of `pixels`, with `fill_color` around what is smaller than the crop."""
-    shape = (3, *transform.size)
-    if pixels.shape == shape:
-        return pixels
-    result = torch.full(shape, transform.fill_color, dtype=torch.uint8)
     (top, into_top, rows), (left, into_left, columns) = (
-        _overlap(have, want) for have, want in zip(pixels.shape[1:], transform.size, strict=True)
+        _overlap(have, want) for have, want in zip(pixels.shape[-2:], transform.size, strict=True)
     )
-    result[:, into_top : into_top + rows, into_left : into_left + columns] = pixels[
-        :, top : top + rows, left : left + columns
-    ]
+    middle = pixels[..., top : top + rows, left : left + columns]
+    if (rows, columns) == transform.size:
+        return middle
+    result = pixels.new_full((*pixels.shape[:-2], *transform.size), transform.fill_color)
+    result[..., into_top : into_top + rows, into_left : into_left + columns] = middle
     return result
 
 

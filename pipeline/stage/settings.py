@@ -70,8 +70,8 @@ class Settings(BaseModel):
     pca_rev: str = Field("", description="key: which projection came after; empty: none")
 
     batch_size: int = Field(96, ge=1, le=4096, description="images per forward pass, at most")
-    num_workers: int = Field(
-        6, ge=1, le=256, description="decoding threads beside a GPU, at most one a core"
+    num_workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        6, description="decoding threads beside a GPU, at most one a core; auto: one a core"
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
@@ -79,8 +79,9 @@ class Settings(BaseModel):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="auto: fp16 on CUDA, else fp32"
     )
-    decode: Literal["full", "scaled"] = Field(
-        "full", description="full: every pixel; scaled: JPEG shrunk while decoding"
+    decode: Literal["full", "scaled", "gpu"] = Field(
+        "full",
+        description="full: every pixel; scaled: JPEG shrunk while decoding; gpu: on the GPU",
     )
     apply_exif_orientation: bool = Field(True, description="encode photos as people see them")
 

@@ -1,0 +1,129 @@
+"""Baseline JPEGs to an encoder's pixels on a GPU: decoded by its JPEG engines, resized there.
+
+Which photos go there depends on their bytes alone, so that a photo's pixels do too. All others,
+and those that a GPU refuses, are decoded by the cores as with decode: full.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipeline.photos.pixels import Size, Transform, fit, opened, orientation_of, photo_errors
+
+_PIXELS = 100_000_000  # of one call's photos at most; resizing them takes 20 bytes each on the GPU
+_SIDE = 16_384  # the engines' limit
+# Samples of luma and chroma that NVIDIA's engines know: 4:4:4, 4:2:2, 4:2:0.
+_SAMPLING = {(1, 1), (2, 1), (2, 2)}
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A photo that a GPU may decode: its bytes, stored size and EXIF orientation."""
+
+    data: bytes
+    size: Size
+    orientation: int
+
+
+def jpeg_for_gpu(data: bytes, upright: bool, max_pixels: int) -> Jpeg | None:
+    """What a GPU needs of a whole baseline JPEG; None for all else, which the cores decode.
+
+    Raises PhotoError as load_pixels does.
+    """
+    with photo_errors(max_pixels), opened(data, max_pixels) as image:
+        if not _is_for_gpu(image, data):
+            return None
+        orientation = orientation_of(image) if upright else 1
+        return Jpeg(data, (image.height, image.width), orientation)
+
+
+def _is_for_gpu(image: Image.Image, data: bytes) -> bool:
+    """Eight bits, three channels of YCbCr, one scan, with an end: what the engines are made for.
+
+    Decoders have crashed and leaked on other files. MPO has a second photo behind the first.
+    """
+    if image.format != "JPEG" or image.mode != "RGB" or max(image.size) > _SIDE:
+        return False
+    if image.info.get("progressive") or image.info.get("adobe_transform", 1) != 1:
+        return False
+    (_, *luma, _), *chroma = image.layer  # type: ignore[attr-defined]
+    plain = tuple(luma) in _SAMPLING and all(layer[1:3] == (1, 1) for layer in chroma)
+    start_of_scan = image.tile[0].offset  # type: ignore[attr-defined]
+    return plain and data.rfind(_END_OF_IMAGE) > start_of_scan
+
+
+def decode_on_gpu(
+    photos: Sequence[Jpeg], transform: Transform, device: str
+) -> list[torch.Tensor | None]:
+    """Pixels as load_pixels gives them, uint8 (3, height, width), on the GPU, in order.
+
+    None for a photo that the GPU refuses. A photo's pixels do not depend on the others. They are
+    done when this returns, for any stream. Raises what torch raises of a device that fails.
+    """
+    done: list[torch.Tensor | None] = [None] * len(photos)
+    for rows in _parts(photos):
+        decoded = dict(zip(rows, _decoded([photos[row] for row in rows], device), strict=True))
+        for alike in _alike(photos, decoded):
+            first = photos[alike[0]]
+            stacked = torch.stack([pixels for row in alike if (pixels := decoded[row]) is not None])
+            fitted = fit(stacked, first.size, first.orientation, transform)
+            for row, pixels in zip(alike, fitted, strict=True):
+                done[row] = pixels
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return done
+
+
+def _parts(photos: Sequence[Jpeg]) -> Iterator[list[int]]:
+    """The rows of each call: all together, unless the photos are large."""
+    rows: list[int] = []
+    pixels = 0
+    for row, photo in enumerate(photos):
+        area = photo.size[0] * photo.size[1]
+        if rows and pixels + area > _PIXELS:
+            yield rows
+            rows, pixels = [], 0
+        rows.append(row)
+        pixels += area
+    if rows:
+        yield rows
+
+
+def _decoded(photos: list[Jpeg], device: str) -> list[torch.Tensor | None]:
+    """Pixels, uint8 (3, stored height, width); of a call that fails, each photo is asked for alone.
+
+    So that which photos are refused does not depend on what they are decoded with.
+    """
+    data = [torch.from_numpy(np.frombuffer(bytearray(p.data), np.uint8)) for p in photos]
+    try:
+        decoded = decode_jpeg(data, ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        if _is_of_the_device(error):
+            raise
+        if len(photos) == 1:
+            return [None]
+        return [pixels for photo in photos for pixels in _decoded([photo], device)]
+    return [
+        pixels if tuple(pixels.shape) == (3, *photo.size) else None
+        for pixels, photo in zip(decoded, photos, strict=True)
+    ]
+
+
+def _is_of_the_device(error: RuntimeError) -> bool:
+    """Whether CUDA fails, or torchvision cannot do this at all, rather than a photo."""
+    return re.search(r"CUDA|not compiled", str(error)) is not None
+
+
+def _alike(photos: Sequence[Jpeg], decoded: dict[int, torch.Tensor | None]) -> list[list[int]]:
+    """The rows that were decoded, by size and orientation: those are resized together."""
+    groups: dict[tuple[Size, int], list[int]] = {}
+    for row, pixels in decoded.items():
+        if pixels is not None:
+            groups.setdefault((photos[row].size, photos[row].orientation), []).append(row)
+    return list(groups.values())
