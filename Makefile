@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
 
-.PHONY: setup demo demo-stop test test-slurm mutants lint benchmarks rulegraph lock clean
+.PHONY: setup demo demo-stop test test-slurm gpu-check mutants lint benchmarks rulegraph lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -37,6 +37,10 @@ test: setup lint
 test-slurm: setup
 	@if why=$$(tests/install-slurm); then .venv-slurm/bin/python -m pytest -n 0 tests/test_slurm.py; \
 	else echo "make test-slurm: skipped: $$why"; fi
+
+# On a machine with CUDA, in minutes: is the GPU right, how fast is it, what limits it.
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 # Small faults, one at a time: which of them does no test see? Some of them: ONLY='pipeline.select.*'
 mutants: setup

@@ -22,9 +22,10 @@ class Share(NamedTuple):
 def share(workflow: Any, settings: Settings, shards: int) -> Share:
     """What each encode job gets; of a local run it sets how many run at a time, too.
 
-    One for each GPU, more where each of them has four cores and more; one on a processor:
-    `--resources gpu=N` says otherwise. Together they take all cores. On a cluster `auto` is cuda: on a node whose driver fails the job has to fail, since
-    vectors of another precision would be refused hours later.
+    One for each GPU, or more, where there are more than four cores for each; one on a processor:
+    `--resources gpu=N` says otherwise. Together they take all cores. On a cluster
+    `auto` is cuda: on a node whose driver fails the job has to fail, since vectors of another
+    precision would be refused hours later.
     """
     if workflow.remote_exec or workflow.resource_settings.nodes is not None:
         return Share(NODE_THREADS, "cuda" if settings.device == "auto" else settings.device)

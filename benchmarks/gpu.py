@@ -1,0 +1,591 @@
+"""All about the GPU at once: is it right, how fast is it, and what limits it.
+
+One JSON file, written after each step, and a Markdown table. What to expect: a tower's rate grows
+with the batch until the card is full; files to vectors go at the rate of the slowest of decoders,
+tower and Python, and Python's lock is why several processes share a card. Weights are from a seed.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import open_clip
+import psutil
+import pyarrow as pa
+import simplejpeg
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import decode_jpeg
+
+from benchmarks import measure
+from pipeline.benchmark import cpu_name
+from pipeline.cache.vectors import NoCache
+from pipeline.encode import GPU_DECODED, EncodeJob, Line, Photo, encode
+from pipeline.encoder.claim import wait_asleep
+from pipeline.encoder.model import full_preprocess
+from pipeline.encoder.tower import Encoder, device_errors
+from pipeline.photos import gpu
+from pipeline.photos.pixels import Decode, Transform, load_pixels
+from pipeline.stage import parquet
+from pipeline.stage.errors import DeviceError
+from pipeline.stage.settings import Environment, Settings
+
+Figures = dict[str, Any]
+SIZE = (1600, 1200)  # 2 megapixels
+CHANNELS = 3
+NO_LIMIT = 10**9
+PER_LISTING = 4
+TOWERS = {
+    "ViT-B-32": (32, 96, 256, 512),
+    "ViT-L-14": (96, 256),
+    "ViT-B-16-SigLIP": (96, 256),
+}
+TOY = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64,
+       "head_width": 32, "layers": 2}, "text_cfg": {"context_length": 8, "vocab_size": 64,
+       "width": 32, "heads": 2, "layers": 1}}  # fmt: skip
+
+
+class Check:
+    """What the steps share: the device, the photos, towers that were made once."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args = args
+        self.folder = folder
+        self.device: str = args.device
+        self.on_gpu = args.device != "cpu"
+        self.found: Figures = {}
+
+    def encoder(self, name: str, precision: str, rows: int) -> Encoder:
+        return encoder(name, self.device, precision, rows)
+
+    @property
+    def model(self) -> str:
+        return "toy" if self.args.toy else "ViT-B-32"
+
+    @property
+    def half(self) -> str:
+        return "fp16" if self.on_gpu else "fp32"
+
+    @cached_property
+    def transform(self) -> Transform:
+        return Transform.from_preprocess_cfg(self.encoder(self.model, "fp32", 4).preprocess)
+
+    @cached_property
+    def jpegs(self) -> list[bytes]:
+        """Photos as 2-megapixel JPEGs: real ones fitted to that size, or noise on gradients."""
+        count = 8 if self.args.toy else 256
+        sources = sorted(p for p in self.args.photos.rglob("*") if p.suffix.lower() in
+                         (".jpg", ".jpeg")) if self.args.photos else [None]  # fmt: skip
+        jobs = [(number, sources[number % len(sources)]) for number in range(count)]
+        with multiprocessing.get_context("spawn").Pool(self.args.threads) as pool:
+            return pool.map(_two_megapixels, jobs)
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Paths below `folder / "photos"`: each JPEG under many names, no two with the same bytes."""
+        names = []
+        for number in range(self.args.images):
+            name = f"{number // 1000:03d}/{number:06d}.jpg"
+            path = self.folder / "photos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(numbered(self.jpegs[number % len(self.jpegs)], number))
+            names.append(name)
+        return names
+
+    def rate(self, work: Callable[[], int]) -> float:
+        """Items a second of a work that returns how many it did, after one call of warm-up."""
+        work()
+        self.synchronise()
+        start, done = time.perf_counter(), 0
+        while time.perf_counter() - start < self.args.seconds:
+            done += work()
+        self.synchronise()
+        return done / (time.perf_counter() - start)
+
+    def threaded(self, threads: int, work: Callable[[int], int]) -> float:
+        """Items a second of `work(turn)` on many threads for the time that each rate gets."""
+        end = time.perf_counter() + self.args.seconds
+
+        def run(thread: int) -> int:
+            turn = done = 0
+            while time.perf_counter() < end:
+                done += work(thread + turn * threads)
+                turn += 1
+            return done
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            done = sum(pool.map(run, range(threads)))
+        return done / (time.perf_counter() - start)
+
+    def synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def encoder(name: str, device: str, precision: str, rows: int) -> Encoder:
+    """An open_clip image tower with weights from a seed."""
+    key = name, precision
+    if key not in _towers:
+        torch.manual_seed(0)
+        if name == "toy":
+            kind = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+            _towers[key] = open_clip.CLIP(**TOY, cast_dtype=kind)
+            if kind is not None:
+                open_clip.model.convert_weights_to_lp(_towers[key], kind)
+        else:
+            _towers[key] = open_clip.create_model(name, precision=precision, pretrained=None)
+    visual = _towers[key].visual
+    config = getattr(visual, "preprocess_cfg", {"size": visual.image_size})
+    return Encoder(visual, full_preprocess(config, config["size"]), device, precision, rows)
+
+
+_towers: dict[tuple[str, str], Any] = {}
+
+
+def numbered(jpeg: bytes, number: int) -> bytes:
+    """The same pixels under other bytes: a comment behind the start of the image."""
+    return jpeg[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + jpeg[2:]
+
+
+def _two_megapixels(job: tuple[int, Path | None]) -> bytes:
+    number, source = job
+    draw = np.random.default_rng(number)
+    if source is None:
+        coarse = draw.integers(0, 256, (24, 32, CHANNELS), np.uint8)
+        image = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
+        grain = draw.integers(0, 24, (SIZE[1], SIZE[0], CHANNELS), np.uint8)
+        image = Image.fromarray((np.asarray(image) // 2 + grain).astype(np.uint8))
+    else:
+        with Image.open(source) as opened:
+            image = ImageOps.fit(opened.convert("RGB"), SIZE, Image.Resampling.LANCZOS)
+        if draw.random() < 0.5:
+            image = ImageOps.mirror(image)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=88, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def machine(check: Check) -> Figures:
+    """What the figures depend on."""
+    found: Figures = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        **{name: version(name) for name in ("torch", "torchvision", "open_clip_torch")},
+    }
+    if check.on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        found |= {"gpu": torch.cuda.get_device_name(), "gpu_megabytes": total // measure.MB}
+    return found
+
+
+def tests(check: Check) -> Figures:
+    """The tests that need a GPU."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
+        "--noconftest", "-rf", "tests/test_tower.py", "tests/test_gpu.py", "-k", "gpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    last = done.stdout.strip().splitlines()[-12:]
+    if done.returncode:
+        raise RuntimeError(" | ".join(last) or done.stderr[-500:])
+    return {"pytest": last[-1]}
+
+
+def parity(check: Check) -> Figures:
+    """How far each precision is from fp32 on the CPU, and the GPU's pixels from the cores'."""
+    some = check.jpegs[: 8 if check.args.toy else 64]
+    pixels = [load_pixels(jpeg, check.transform, "full", True, NO_LIMIT) for jpeg in some]
+    expected = encoder(check.model, "cpu", "fp32", 8).encode(pixels)
+    found: Figures = {"photos": len(some)}
+    for precision in ("fp32", "bf16", *(["fp16"] if check.on_gpu else [])):
+        vectors = check.encoder(check.model, precision, 32).encode(pixels)
+        found[precision] = cosines(vectors, expected)
+    if check.on_gpu:
+        jpegs = [gpu.jpeg_for_gpu(jpeg, True, NO_LIMIT) for jpeg in some]
+        asked = [row for row, jpeg in enumerate(jpegs) if jpeg is not None]
+        decoded = gpu.decode_on_gpu([j for j in jpegs if j], check.transform, check.device)
+        both = [(row, there) for row, there in zip(asked, decoded, strict=True)
+                if there is not None]  # fmt: skip
+        exact = check.encoder(check.model, "fp32", 32)
+        differences = [int((t.cpu().int() - pixels[row].int()).abs().max()) for row, t in both]
+        found["decode_gpu"] = {
+            "asked": len(asked),
+            "decoded": len(both),
+            "largest_pixel_difference": max(differences),
+            **cosines(
+                exact.encode([t for _, t in both]), exact.encode([pixels[row] for row, _ in both])
+            ),
+        }
+    return found
+
+
+def cosines(vectors: np.ndarray, expected: np.ndarray) -> Figures:
+    each = np.einsum("ij,ij->i", vectors.astype(np.float64), expected.astype(np.float64))
+    quantiles = {"p50": np.median(each), "p1": np.percentile(each, 1), "min": each.min()}
+    return {name: round(float(value), 7) for name, value in quantiles.items()}
+
+
+def same_bits(check: Check) -> Figures:
+    """The largest difference of a photo's vector by order, mates, padding, threads, batch size."""
+    found: Figures = {}
+    rows = 8 if check.args.toy else 96
+    for precision in ("fp32", check.half, "bf16"):
+        one = check.encoder(check.model, precision, rows)
+        photos = random_photos(2 * rows, one.size)
+        first = one.encode(photos)
+        order = torch.randperm(2 * rows, generator=torch.Generator().manual_seed(1))
+        with ThreadPoolExecutor(4) as pool:
+            beside = list(pool.map(one.encode, [photos] * 8))
+        other = check.encoder(check.model, precision, rows // 2)
+        found[precision] = {
+            "order": difference(one.encode(photos[order]), first[order.numpy()]),
+            "padding": difference(one.encode(photos[:3]), first[:3]),
+            "threads": max(difference(vectors, first) for vectors in beside),
+            "batch_size": difference(other.encode(photos), first),
+        }
+    return found
+
+
+def random_photos(count: int, size: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, CHANNELS, *size), generator=generator, dtype=torch.uint8)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max())
+
+
+def tower(check: Check) -> Figures:
+    """Images a second of towers alone: pixels from the CPU to vectors there, by two threads."""
+    found: Figures = {}
+    for name, sizes in {"toy": (4,)}.items() if check.args.toy else TOWERS.items():
+        for rows in sizes:
+            one = check.encoder(name, check.half, rows)
+            photos = list(random_photos(rows, one.size))
+            one.encode(photos)
+            rate = check.threaded(2, lambda _, one=one, photos=photos: len(one.encode(photos)))  # type: ignore[misc]
+            resident = torch.stack(photos).to(check.device)
+            eager = check.rate(lambda one=one, on=resident: len(one._forward(on)))  # type: ignore[misc]
+            found[f"{name} {rows}"] = {"images_per_second": rate, "unrecorded": eager}
+        _towers.pop((name, check.half))
+    if check.on_gpu:
+        found["gpu_megabytes_peak"] = torch.cuda.max_memory_allocated() // measure.MB
+    return found
+
+
+def decode(check: Check) -> Figures:
+    """Images a second from bytes to pixels: by the cores, by Python's threads, by the GPU."""
+    jpegs, transform, found = check.jpegs, check.transform, {}
+    torch.set_num_threads(1)
+
+    def cores(mode: Decode) -> Callable[[int], int]:
+        def one(turn: int) -> int:
+            load_pixels(jpegs[turn % len(jpegs)], transform, mode, True, NO_LIMIT)
+            return 1
+
+        return one
+
+    def bare(turn: int) -> int:
+        simplejpeg.decode_jpeg(jpegs[turn % len(jpegs)], min_height=600, min_width=800)
+        return 1
+
+    threads = check.args.threads
+    for count in sorted({1, min(4, threads), threads}):
+        found[f"scaled, {count} threads"] = check.threaded(count, cores("scaled"))
+    found[f"full, {threads} threads"] = check.threaded(threads, cores("full"))
+    found["bare decoder, scaled, all cores"] = check.threaded(threads, bare)
+    if check.on_gpu:
+        ready = [j for jpeg in jpegs if (j := gpu.jpeg_for_gpu(jpeg, True, NO_LIMIT))]
+        together = [ready[i : i + GPU_DECODED] for i in range(0, len(ready), GPU_DECODED)]
+        data = [torch.from_numpy(np.frombuffer(bytearray(j.data), np.uint8)) for j in ready[:64]]
+        found["bare GPU decoder"] = check.rate(lambda: len(decode_jpeg(data, device=check.device)))
+        for count in (1, 2, 4):
+            found[f"gpu, {count} threads"] = check.threaded(
+                count,
+                lambda turn: len(
+                    gpu.decode_on_gpu(together[turn % len(together)], transform, check.device)
+                ),
+            )
+    return found
+
+
+def line(check: Check) -> Figures:
+    """Files to vectors by the encode stage, in one process and in several that share the card."""
+    found: Figures = {}
+    check.files  # noqa: B018  made before any clock starts
+    runs: list[tuple[str, str, int]] = [("toy", "scaled", 1)]
+    if not check.args.toy:
+        many = max(2, check.args.threads // 4)
+        runs = [("ViT-B-32", "scaled", 1), ("ViT-B-32", "scaled", many)]
+        runs += [("ViT-B-32", "gpu", count) for count in (1, many, 2 * many)]
+        runs += [("ViT-L-14", "gpu", 2)]
+    for model, mode, processes in runs[: None if check.on_gpu else 2]:
+        figures = _side_by_side(check, model, mode, processes)
+        found[f"{model}, {mode}, {processes} processes"] = figures
+        measure.say(f"  {model}, {mode}, {processes} processes: {figures}")
+    return found
+
+
+def _side_by_side(check: Check, model: str, mode: str, processes: int) -> Figures:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes + 1), context.SimpleQueue()
+    share = len(check.files) // processes
+    workers = [
+        context.Process(
+            target=_encode_share,
+            args=(check.folder, check.files[n * share : (n + 1) * share], model, mode,
+                  check.device, check.half, max(1, check.args.threads // processes),
+                  barrier, results),
+        )
+        for n in range(processes)
+    ]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    barrier.wait(120)
+    with busy(check.on_gpu) as samples:
+        done = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    seconds = max(d["end"] for d in done) - min(d["start"] for d in done)
+    return {
+        "images_per_second": share * processes / seconds,
+        "cores_used": sum(d["cpu_s"] for d in done) / seconds,
+        "gpu_busy": round(float(np.mean(samples)), 2) if samples else None,
+        "failed": sum(d["failed"] for d in done),
+        "seconds": seconds,
+    }
+
+
+def _encode_share(
+    folder: Path, paths: list[str], model: str, mode: str, device: str, precision: str,
+    threads: int, barrier: Any, results: Any,
+) -> None:  # fmt: skip
+    """One encode stage over its own shard and cache; the clock starts when all are ready."""
+    wait_asleep(device)
+    chosen = Settings(
+        cache_dir=str(folder / f"cache-{os.getpid()}"), device=device, num_workers="auto",
+        decode=mode, precision=precision, model_name="ViT-B-32", pretrained="openai",
+    )  # fmt: skip
+    photos = Environment.read({"IMAGE_ROOT_DIR": str(folder / "photos")})
+    job = EncodeJob.prepare(chosen, photos, threads)
+    made = encoder(model, device, precision, 4 if device == "cpu" else chosen.batch_size)
+    config = {"embed_dim": made.dim, "preprocess": made.preprocess}
+    job = EncodeJob(**{**vars(job), "model": type(job.model)(**{**vars(job.model), **config})})
+    vars(job)["encoder"] = made
+    with Line(job, NoCache(made.dim)) as warm:
+        list(warm.done(Photo(path) for path in paths[: min(len(paths), 64)]))
+    selected = _shard(folder / f"selected-{os.getpid()}.parquet", paths)
+    barrier.wait(120)
+    start, before = time.time(), os.times()
+    stats = encode(selected, folder / f"encoded-{os.getpid()}.parquet", chosen, job)
+    after = os.times()
+    results.put(
+        {
+            "start": start,
+            "end": time.time(),
+            "cpu_s": after.user + after.system - before.user - before.system,
+            "failed": sum(stats.failed.values()),
+        }
+    )
+
+
+def _shard(path: Path, storage_paths: Sequence[str]) -> Path:
+    rows = len(storage_paths)
+    numbers = np.arange(rows)
+    columns = {
+        "generation": np.ones(rows, np.int32),
+        "listing_id": numbers // PER_LISTING,
+        "edited_date": pa.array(numbers // PER_LISTING, pa.timestamp("us", tz="UTC")),
+        "image_index": (numbers % PER_LISTING).astype(np.int32),
+        "storage_path": storage_paths,
+        "score": np.zeros(rows, np.int32),
+        "rank": (numbers % PER_LISTING + 1).astype(np.int8),
+        "fallback": np.zeros(rows, bool),
+    }
+    table = pa.table(columns, schema=parquet.SELECTED)
+    with parquet.writer(path, table.schema, {"export": {"force": False}}) as writer:
+        writer.write_table(table)
+    return path
+
+
+@contextmanager
+def busy(on_gpu: bool) -> Iterator[list[float]]:
+    """The share of the time in which a kernel ran on the GPU, sampled by the driver."""
+    samples: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        while not stop.wait(0.3):
+            done = subprocess.run(query, capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.strip():
+                samples.append(float(done.stdout.split()[0]) / 100)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if on_gpu:
+        thread.start()
+    yield samples
+    stop.set()
+    if on_gpu:
+        thread.join()
+
+
+def plain(check: Check) -> Figures:
+    """The plain way: PIL and open_clip's transform in DataLoader processes, batches of 256."""
+    from benchmarks.plain import Photos, transform_of
+
+    one = check.encoder(check.model, check.half, 4)
+    paths = [check.folder / "photos" / name for name in check.files[: 64 * check.args.threads]]
+    loader = torch.utils.data.DataLoader(
+        Photos(paths, transform_of(one.preprocess)), 64, num_workers=check.args.threads,
+        pin_memory=check.on_gpu, persistent_workers=True, multiprocessing_context="spawn",
+    )  # fmt: skip
+
+    def once() -> int:
+        with torch.inference_mode():
+            for batch in loader:
+                features = one._tower(batch.to(check.device, one._dtype))
+                torch.nn.functional.normalize(features.float()).cpu()
+        return len(paths)
+
+    once()  # starts the processes
+    start = time.perf_counter()
+    return {"images_per_second": once() / (time.perf_counter() - start)}
+
+
+def memory(check: Check) -> Figures:
+    """Megabytes of this process and of the GPU along a shard of small photos."""
+    count = 200 if check.args.toy else check.args.small
+    root = check.folder / "small"
+    root.mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
+    for number in range(256):
+        block = draw.integers(0, 256, (6, 8, CHANNELS), np.uint8).repeat(8, 0).repeat(8, 1)
+        out = io.BytesIO()
+        Image.fromarray(block).save(out, "JPEG")
+        for k in range(number, count, 256):
+            (root / f"{k}.jpg").write_bytes(numbered(out.getvalue(), k))
+    made = check.encoder(check.model, check.half, 96 if check.on_gpu else 4)
+    job = EncodeJob.prepare(
+        Settings(device=check.device, num_workers=4, pretrained="openai",
+                 decode="gpu" if check.on_gpu else "full", precision=check.half),
+        Environment.read({"IMAGE_ROOT_DIR": str(root)}), check.args.threads,
+    )  # fmt: skip
+    vars(job)["encoder"] = made
+    marks, process = {}, psutil.Process()
+    shares = {int(count * share): f"{share:.0%}" for share in (0.1, 0.5, 0.999)}
+    start = time.perf_counter()
+    with Line(job, NoCache(made.dim)) as shard:
+        for done, _ in enumerate(shard.done(Photo(f"{n}.jpg") for n in range(count))):
+            if name := shares.get(done):
+                marks[name] = process.memory_info().rss // measure.MB
+                if check.on_gpu:
+                    free, total = torch.cuda.mem_get_info()
+                    marks[f"gpu {name}"] = (total - free) // measure.MB
+    return {"images": count, "images_per_second": count / (time.perf_counter() - start)} | marks
+
+
+def out_of_memory(check: Check) -> Figures:
+    """A card that is full ends in one line that says so."""
+    if not check.on_gpu:
+        return {"skipped": "no CUDA"}
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    try:
+        with device_errors("batch_size 4096"):
+            check.encoder(check.model, "fp32", 4096)
+        raise RuntimeError("expected memory to run out, and it did not")
+    except DeviceError as error:
+        return {"error_line": str(error)}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+STEPS = (machine, tests, parity, same_bits, decode, line, tower, plain, memory, out_of_memory)
+
+
+def main() -> None:
+    names = [step.__name__ for step in STEPS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", nargs="+", default=names, choices=names)
+    parser.add_argument("--report", type=Path, default=Path("results/gpu-check.json"))
+    parser.add_argument("--photos", type=Path, help="folder of real photos; else drawn ones")
+    parser.add_argument("--images", type=int, default=16_000, help="2-megapixel files to encode")
+    parser.add_argument("--small", type=int, default=60_000, help="files of the memory step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
+    parser.add_argument("--seconds", type=float, default=1.5, help="that each rate is measured")
+    parser.add_argument("--device", default="cuda", help="cpu: what can be tried without a GPU")
+    parser.add_argument("--toy", action="store_true", help="a tiny encoder, few photos")
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print(f"no CUDA device here: nothing was checked of {', '.join(names)}")
+        return
+    with TemporaryDirectory(prefix="gpu-check-") as folder:
+        sys.exit(run(Check(args, Path(folder)), args))
+
+
+def run(check: Check, args: argparse.Namespace) -> int:
+    """The steps one after the other; 1 if one failed. The report is whole after each."""
+    wait_asleep(args.device)
+    failed = 0
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    for step in STEPS:
+        if step.__name__ not in args.steps:
+            continue
+        start = time.perf_counter()
+        try:
+            figures = step(check)
+        except Exception as error:  # noqa: BLE001  one step's failure is no other's
+            figures, failed = {"error": f"{type(error).__name__}: {error}"}, 1
+        figures["took_s"] = round(time.perf_counter() - start, 1)
+        check.found[step.__name__] = figures
+        measure.say(f"{step.__name__}: {json.dumps(figures, default=float)}")
+        args.report.write_text(json.dumps(check.found, indent=1, default=float) + "\n")
+    print("\n".join(markdown(check.found)))
+    return failed
+
+
+def markdown(found: Figures) -> Iterator[str]:
+    """Every rate and cosine as a row of a table."""
+    where = found.get("machine", {})
+    device = where.get("gpu", "no GPU")
+    yield f"Measured on {device}, {where.get('cores')} cores of {where.get('cpu')}."
+    yield ""
+    yield "| what | found |"
+    yield "|---|---:|"
+    for step, figures in found.items():
+        if step in ("machine", "tests"):
+            continue
+        for name, value in figures.items():
+            if name != "took_s":
+                yield f"| {step.replace('_', ' ')}: {name} | {_said(value)} |"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_said(v)}" for name, v in value.items())
+    if isinstance(value, float) and value > 100:
+        return f"{value:,.0f}"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""decode: gpu: which photos go to the GPU, and what becomes of those that it refuses."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.encode import GpuDecoder
+from pipeline.encoder.model import check_decode, full_preprocess
+from pipeline.photos import gpu
+from pipeline.photos.files import PhotoError
+from pipeline.photos.pixels import Transform, load_pixels
+from pipeline.stage.errors import SettingsError
+from pipeline.stage.settings import Settings
+
+TRANSFORM = Transform(size=(32, 32))
+MOST = 10_000_000
+
+
+def jpeg(
+    seed: int = 0, size: tuple[int, int] = (64, 48), orientation: int = 1, **how: Any
+) -> bytes:
+    """A smooth photo, so that decoders differ by rounding only."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    photo = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    photo.convert(how.pop("mode", "RGB")).save(
+        out, **{"format": "JPEG", "quality": 90, "exif": exif, **how}
+    )
+    return out.getvalue()
+
+
+def on_the_cores(data: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+    """A stand-in for nvJPEG: it decodes a list or, for one photo that it refuses, none of it."""
+    photos = [each.numpy().tobytes() for each in data]
+    if any(b"refuse me" in photo for photo in photos):
+        raise RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5")
+    if any(b"lose the device" in photo for photo in photos):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return [torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) for p in photos]
+
+
+def commented(photo: bytes, words: bytes) -> bytes:
+    return photo[:2] + b"\xff\xfe" + (len(words) + 2).to_bytes(2, "big") + words + photo[2:]
+
+
+@pytest.mark.parametrize(
+    ("photo", "taken"),
+    [
+        (jpeg(), True),
+        (jpeg(subsampling=0), True),
+        (jpeg(subsampling=1), True),
+        (jpeg(progressive=True), False),
+        (jpeg(mode="L"), False),
+        (jpeg(mode="CMYK"), False),
+        (jpeg(format="PNG"), False),
+        (jpeg()[:-200], False),
+    ],
+    ids=["420", "444", "422", "progressive", "grey", "cmyk", "png", "cut short"],
+)  # fmt: skip
+def test_whole_baseline_jpegs_are_for_the_gpu(photo: bytes, taken: bool) -> None:
+    """All else is for the cores, which have the last word on what is broken."""
+    assert taken == (gpu.jpeg_for_gpu(photo, True, MOST) is not None)
+
+
+def test_limits_hold_before_the_gpu() -> None:
+    """A photo that is too large, or none at all, is refused by its header."""
+    with pytest.raises(PhotoError, match="too-large: 3072 pixels"):
+        gpu.jpeg_for_gpu(jpeg(), True, 100)
+    with pytest.raises(PhotoError, match="broken"):
+        gpu.jpeg_for_gpu(b"no photo", True, MOST)
+
+
+def decoder(monkeypatch: pytest.MonkeyPatch) -> GpuDecoder:
+    """The decoder of the line, whose GPU is the stand-in."""
+    monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
+    made = GpuDecoder(full_preprocess({}, 32), Settings(decode="gpu"), "cpu")
+    monkeypatch.setattr(made, "_decoded", lambda j: gpu.decode_on_gpu(j, made._transform, "cpu"))
+    return made
+
+
+def test_photos_of_all_kinds_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, orientations, formats and errors mixed: each row is what that photo alone gives."""
+    monkeypatch.setattr(gpu, "_PIXELS", 8000)  # so that one call does not do
+    files = [
+        jpeg(0), jpeg(1, (48, 64)), jpeg(2, orientation=6), b"no photo", jpeg(3, progressive=True),
+        jpeg(4, orientation=6), jpeg(5), jpeg(6, format="PNG"), jpeg(7, (300, 40)), jpeg(8)[:-200],
+    ]  # fmt: skip
+    found = decoder(monkeypatch).many(files)
+
+    for data, pixels in zip(files, found, strict=True):
+        try:
+            expected = load_pixels(data, TRANSFORM, "full", True, MOST)
+        except PhotoError as error:
+            assert str(error) == str(pixels)
+        else:
+            assert isinstance(pixels, torch.Tensor)
+            assert torch.equal(expected, pixels)
+
+
+def test_a_photo_that_the_gpu_refuses_is_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mates are still decoded by the GPU: which photos it takes depends on them alone."""
+    files = [jpeg(0), commented(jpeg(1), b"refuse me"), jpeg(2)]
+    jpegs = [j for data in files if (j := gpu.jpeg_for_gpu(data, True, MOST))]
+    monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
+    decoded = gpu.decode_on_gpu(jpegs, TRANSFORM, "cpu")
+    found = decoder(monkeypatch).many(files)
+
+    assert [True, False, True] == [pixels is not None for pixels in decoded]
+    assert isinstance(found[1], torch.Tensor)
+    assert torch.equal(load_pixels(files[1], TRANSFORM, "full", True, MOST), found[1])
+
+
+def test_a_gpu_that_fails_is_no_fault_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own errors come out: the cores do not go on in silence, with other pixels."""
+    monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
+    lost = gpu.jpeg_for_gpu(commented(jpeg(), b"lose the device"), True, MOST)
+    assert lost is not None
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu.decode_on_gpu([lost], TRANSFORM, "cpu")
+
+
+def test_without_a_gpu_it_is_refused() -> None:
+    """One line, before anything is read."""
+    with pytest.raises(SettingsError, match=r"a CUDA device for decode gpu.*full or scaled"):
+        check_decode("gpu", "cpu")
+    check_decode("gpu", "cuda")
+    check_decode("scaled", "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_pixels_are_those_of_the_cores(tmp_path: Path) -> None:
+    """Within a few levels, whatever the size and orientation; the same whatever the mates."""
+    files = [jpeg(n, (320 + 16 * (n % 3), 240), orientation=1 + n % 8) for n in range(24)]
+    made = GpuDecoder(full_preprocess({}, 32), Settings(decode="gpu"), "cuda")
+    together, alone = made.many(files), [made.many([data])[0] for data in files]
+
+    for data, one, other in zip(files, together, alone, strict=True):
+        assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        expected = load_pixels(data, TRANSFORM, "full", True, MOST)
+        assert (expected.int() - one.cpu().int()).abs().max() <= 8
+        assert torch.equal(one, other)
