@@ -97,7 +97,7 @@ class Check:
 
     @cached_property
     def files(self) -> list[str]:
-        """Paths below `folder / "photos"`: each JPEG under many names, no two with the same bytes."""
+        """Paths below `folder / "photos"`: each JPEG under many names, no two of the same bytes."""
         names = []
         for number in range(self.args.images):
             name = f"{number // 1000:03d}/{number:06d}.jpg"
@@ -189,7 +189,7 @@ def machine(check: Check) -> Figures:
         **{name: version(name) for name in ("torch", "torchvision", "open_clip_torch")},
     }
     if check.on_gpu:
-        free, total = torch.cuda.mem_get_info()
+        _, total = torch.cuda.mem_get_info()
         found |= {"gpu": torch.cuda.get_device_name(), "gpu_megabytes": total // measure.MB}
     return found
 
@@ -357,7 +357,7 @@ def _side_by_side(check: Check, model: str, mode: str, processes: int) -> Figure
     ]  # fmt: skip
     for worker in workers:
         worker.start()
-    barrier.wait(120)
+    barrier.wait(75)
     with busy(check.on_gpu) as samples:
         done = [results.get() for _ in workers]
     for worker in workers:
@@ -391,7 +391,7 @@ def _encode_share(
     with Line(job, NoCache(made.dim)) as warm:
         list(warm.done(Photo(path) for path in paths[: min(len(paths), 64)]))
     selected = _shard(folder / f"selected-{os.getpid()}.parquet", paths)
-    barrier.wait(120)
+    barrier.wait(75)
     start, before = time.time(), os.times()
     stats = encode(selected, folder / f"encoded-{os.getpid()}.parquet", chosen, job)
     after = os.times()
