@@ -329,17 +329,29 @@ def line(check: Check) -> Figures:
     """Files to vectors by the encode stage, in one process and in several that share the card."""
     found: Figures = {}
     check.files  # noqa: B018  made before any clock starts
-    runs: list[tuple[str, str, int]] = [("toy", "scaled", 1)]
-    if not check.args.toy:
-        many = max(2, check.args.threads // 4)
-        runs = [("ViT-B-32", "scaled", 1), ("ViT-B-32", "scaled", many)]
-        runs += [("ViT-B-32", "gpu", count) for count in (1, many, 2 * many)]
-        runs += [("ViT-L-14", "gpu", 2)]
-    for model, mode, processes in runs[: None if check.on_gpu else 2]:
-        figures = _side_by_side(check, model, mode, processes)
+    for run in check.args.lines or _lines(check):
+        model, mode, processes = run.split(":")
+        figures = _side_by_side(check, model, mode, int(processes))
         found[f"{model}, {mode}, {processes} processes"] = figures
         measure.say(f"  {model}, {mode}, {processes} processes: {figures}")
     return found
+
+
+def _lines(check: Check) -> list[str]:
+    """The runs of the line as MODEL:DECODE:PROCESSES, with four cores and with two for each."""
+    if check.args.toy:
+        return ["toy:scaled:1"]
+    four, two = (max(1, check.args.threads // cores) for cores in (4, 2))
+    plain = ["ViT-B-32:scaled:1", f"ViT-B-32:scaled:{four}"]
+    if not check.on_gpu:
+        return plain
+    return [
+        *plain,
+        "ViT-B-32:gpu:1",
+        f"ViT-B-32:gpu:{four}",
+        f"ViT-B-32:gpu:{two}",
+        "ViT-L-14:gpu:2",
+    ]
 
 
 def _side_by_side(check: Check, model: str, mode: str, processes: int) -> Figures:
@@ -526,6 +538,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--steps", nargs="+", default=names, choices=names)
+    parser.add_argument("--lines", nargs="+", help="runs of the line: MODEL:DECODE:PROCESSES")
     parser.add_argument("--report", type=Path, default=Path("results/gpu-check.json"))
     parser.add_argument("--photos", type=Path, help="folder of real photos; else drawn ones")
     parser.add_argument("--images", type=int, default=16_000, help="2-megapixel files to encode")

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as vision
 
 from pipeline.encode import GpuDecoder
 from pipeline.encoder.model import check_decode, full_preprocess
 from pipeline.photos import gpu
 from pipeline.photos.files import PhotoError
-from pipeline.photos.pixels import Transform, load_pixels
+from pipeline.photos.pixels import Transform, load_pixels, resized_by_weights
 from pipeline.stage.errors import SettingsError
 from pipeline.stage.settings import Settings
 
@@ -125,6 +126,18 @@ def test_a_gpu_that_fails_is_no_fault_of_the_photo(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         gpu.decode_on_gpu([lost], TRANSFORM, "cpu")
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(48, 64), (63, 301), (32, 32), (7, 5), (33, 1)])
+def test_weights_resize_as_torch_does(size: tuple[int, int], interpolation: str) -> None:
+    """Within a level, larger and smaller, in one direction or both."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, *size), np.uint8)
+    how = Transform(interpolation=interpolation).resize_interpolation
+    expected = vision.resize(torch.from_numpy(noise), [32, 40], interpolation=how, antialias=True)
+    found = resized_by_weights(torch.from_numpy(noise), (32, 40), how)
+
+    assert 1 >= (expected.int() - found.int()).abs().max()
 
 
 def test_without_a_gpu_it_is_refused() -> None:

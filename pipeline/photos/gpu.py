@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.photos.pixels import Size, Transform, fit, opened, orientation_of, photo_errors
 
-_PIXELS = 100_000_000  # of one call's photos at most; resizing them takes 20 bytes each on the GPU
+_PIXELS = 150_000_000  # of one call's photos at most: half a gigabyte on the GPU
 _SIDE = 16_384  # the engines' limit
 # Samples of luma and chroma that NVIDIA's engines know: 4:4:4, 4:2:2, 4:2:0.
 _SAMPLING = {(1, 1), (2, 1), (2, 2)}
@@ -66,33 +66,30 @@ def decode_on_gpu(
     None for a photo that the GPU refuses. A photo's pixels do not depend on the others. They are
     done when this returns, for any stream. Raises what torch raises of a device that fails.
     """
-    done: list[torch.Tensor | None] = [None] * len(photos)
-    for rows in _parts(photos):
-        decoded = dict(zip(rows, _decoded([photos[row] for row in rows], device), strict=True))
-        for alike in _alike(photos, decoded):
-            first = photos[alike[0]]
-            stacked = torch.stack([pixels for row in alike if (pixels := decoded[row]) is not None])
-            fitted = fit(stacked, first.size, first.orientation, transform)
-            for row, pixels in zip(alike, fitted, strict=True):
-                done[row] = pixels
+    done: list[torch.Tensor | None] = []
+    for part in _parts(photos):
+        done += [
+            None if pixels is None else fit(pixels, photo.size, photo.orientation, transform)
+            for photo, pixels in zip(part, _decoded(part, device), strict=True)
+        ]
     if torch.device(device).type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return done
 
 
-def _parts(photos: Sequence[Jpeg]) -> Iterator[list[int]]:
-    """The rows of each call: all together, unless the photos are large."""
-    rows: list[int] = []
+def _parts(photos: Sequence[Jpeg]) -> Iterator[list[Jpeg]]:
+    """The photos of each call: all together, unless they are large."""
+    part: list[Jpeg] = []
     pixels = 0
-    for row, photo in enumerate(photos):
+    for photo in photos:
         area = photo.size[0] * photo.size[1]
-        if rows and pixels + area > _PIXELS:
-            yield rows
-            rows, pixels = [], 0
-        rows.append(row)
+        if part and pixels + area > _PIXELS:
+            yield part
+            part, pixels = [], 0
+        part.append(photo)
         pixels += area
-    if rows:
-        yield rows
+    if part:
+        yield part
 
 
 def _decoded(photos: list[Jpeg], device: str) -> list[torch.Tensor | None]:
@@ -118,12 +115,3 @@ def _decoded(photos: list[Jpeg], device: str) -> list[torch.Tensor | None]:
 def _is_of_the_device(error: RuntimeError) -> bool:
     """Whether CUDA fails, or torchvision cannot do this at all, rather than a photo."""
     return re.search(r"CUDA|not compiled", str(error)) is not None
-
-
-def _alike(photos: Sequence[Jpeg], decoded: dict[int, torch.Tensor | None]) -> list[list[int]]:
-    """The rows that were decoded, by size and orientation: those are resized together."""
-    groups: dict[tuple[Size, int], list[int]] = {}
-    for row, pixels in decoded.items():
-        if pixels is not None:
-            groups.setdefault((photos[row].size, photos[row].orientation), []).append(row)
-    return list(groups.values())
