@@ -45,6 +45,8 @@ def run(main: Callable[[], None], stage: str) -> None:
     except KeyboardInterrupt:  # how the database driver answers SIGINT inside a query
         sys.exit(130)
     except Exception as error:
+        if lifetime.unwinding:  # a block that a signal left halfway fails as it may
+            sys.exit(lifetime.unwinding[0])
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()), exc_info=True)
         _leave()
     finally:

@@ -25,6 +25,7 @@ GRACE_S = 5.0  # to unwind after a signal; a call into the database may take lon
 POLL_S = 0.25
 
 _stopped = threading.Event()
+unwinding: list[int] = []  # the exit code, once a signal has come
 _unfinished: set[Path] = set()
 _runs: list[psutil.Process] = []  # the one that this stage belongs to; none by hand
 
@@ -101,6 +102,7 @@ def ignore_signals() -> None:
 
 def _unwind(signum: int, frame: FrameType | None) -> None:
     ignore_signals()  # once is enough
+    unwinding.append(128 + signum)
     raise SystemExit(128 + signum)
 
 
