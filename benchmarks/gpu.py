@@ -6,6 +6,7 @@ tower and Python, and Python's lock is why several processes share a card. Weigh
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import io
 import json
@@ -417,8 +418,7 @@ def _side_by_side(
         try:
             barrier.wait(READY_S)
         except threading.BrokenBarrierError:
-            done.append(_next(results, workers))  # raises what broke it, if that was said
-            raise
+            raise RuntimeError(_why_broken(results)) from None
         with meanwhile or nullcontext():
             while len(done) < len(workers):
                 done.append(_next(results, workers))
@@ -440,13 +440,20 @@ def _work(work: Callable[..., Any], share: tuple[Any, ...], barrier: Any, result
         barrier.abort()
 
 
+def _why_broken(results: Any) -> str:
+    try:
+        return str(results.get(timeout=5)[1])
+    except queue.Empty:
+        return f"expected all processes to be ready in {READY_S} s"
+
+
 def _next(results: Any, workers: Sequence[Any]) -> Any:
     """The next result; RuntimeError where a process failed, or died without a word."""
     while True:
-        died = [worker.exitcode for worker in workers if worker.exitcode]
         try:
             well, result = results.get(timeout=2)
         except queue.Empty:
+            died = [worker.exitcode for worker in workers if worker.exitcode]
             if died or not any(worker.is_alive() for worker in workers):
                 raise RuntimeError(f"a process ended with exit codes {died}") from None
             continue
@@ -515,12 +522,8 @@ def _encode_share(
         cache_dir=str(folder / f"cache-{os.getpid()}"), device=device, num_workers="auto",
         decode=mode, precision=precision, model_name="ViT-B-32", pretrained="openai",
     )  # fmt: skip
-    photos = Environment.read({"IMAGE_ROOT_DIR": str(folder / "photos")})
-    job = EncodeJob.prepare(chosen, photos, threads)
     made = encoder(model, device, precision, 4 if device == "cpu" else chosen.batch_size)
-    config = {"embed_dim": made.dim, "preprocess": made.preprocess}
-    job = EncodeJob(**{**vars(job), "model": type(job.model)(**{**vars(job.model), **config})})
-    vars(job)["encoder"] = made
+    job = _job(chosen, folder / "photos", threads, made)
     with Line(job, NoCache(made.dim)) as warm:
         list(warm.done(Photo(path) for path in paths[: min(len(paths), 64)]))
     selected = _shard(folder / f"selected-{os.getpid()}.parquet", paths)
@@ -534,6 +537,16 @@ def _encode_share(
         "cpu_s": after.user + after.system - before.user - before.system,
         "failed": sum(stats.failed.values()),
     }
+
+
+def _job(chosen: Settings, root: Path, threads: int, made: Encoder) -> EncodeJob:
+    """A job of an encoder that is made already, and of photos in that encoder's size."""
+    photos = Environment.read({"IMAGE_ROOT_DIR": str(root)})
+    job = EncodeJob.prepare(chosen, photos, threads)
+    model = dataclasses.replace(job.model, embed_dim=made.dim, preprocess=made.preprocess)
+    job = dataclasses.replace(job, model=model)
+    vars(job)["encoder"] = made
+    return job
 
 
 def _shard(path: Path, storage_paths: Sequence[str]) -> Path:
@@ -655,12 +668,11 @@ def memory(check: Check) -> Figures:
         for k in range(number, count, 256):
             (root / f"{k}.jpg").write_bytes(numbered(out.getvalue(), k))
     made = check.encoder(check.model, check.half, 96 if check.on_gpu else 4)
-    job = EncodeJob.prepare(
-        Settings(device=check.device, num_workers=4, pretrained="openai",
-                 decode="gpu" if check.on_gpu else "full", precision=check.half),
-        Environment.read({"IMAGE_ROOT_DIR": str(root)}), check.args.threads,
+    chosen = Settings(
+        device=check.device, num_workers=4, pretrained="openai", precision=check.half,
+        decode="gpu" if check.on_gpu else "full",
     )  # fmt: skip
-    vars(job)["encoder"] = made
+    job = _job(chosen, root, check.args.threads, made)
     marks, process = {}, psutil.Process()
     shares = {int(count * share): f"{share:.0%}" for share in (0.1, 0.5, 0.999)}
     start = time.perf_counter()

@@ -172,7 +172,8 @@ def select_shard(path: Path, storage_paths: list[str], per_listing: int = 4) -> 
         },
         schema=parquet.SELECTED,
     )
-    with parquet.writer(path, table.schema, {"export": {"force": False}}) as writer:
+    made_by = {"export": {"force": False}, "select": defaults().recipe}
+    with parquet.writer(path, table.schema, made_by) as writer:
         writer.write_table(table)
     return path
 

