@@ -1,5 +1,6 @@
 """Where the listings stand: each row in one group, counted in one snapshot."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from adbc_driver_manager.dbapi import Cursor
@@ -36,10 +37,10 @@ class Census:
 
 def stand(cursor: Cursor, pending: Pending) -> Standing:
     """Count what is eligible."""
-    counted = dict(fetch(cursor, pending.standing))
-    eligible, unfinished = counted.pop("eligible"), counted.pop("unfinished")
-    waiting = {reason: count for reason, count in counted.items() if count}
-    return Standing(eligible, eligible - unfinished, waiting)
+    counted = pending.settled + Counter(dict(fetch(cursor, pending.standing)))
+    eligible = counted.pop("eligible", 0)
+    unfinished = counted.pop("unfinished", 0) + pending.settled.total()
+    return Standing(eligible, eligible - unfinished, dict(counted))
 
 
 def take(cursor: Cursor, pending: Pending) -> Census:

@@ -4,6 +4,7 @@ The SQL names tables only; every value reaches it through `bind`.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from adbc_driver_manager.dbapi import Cursor
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import bind, fetch, quoted, set_lock_timeout
 from pipeline.database.key import OF_KEY, rest_sql
+from pipeline.database.settled import NOT_SETTLED, settle
 from pipeline.database.waiting import CANDIDATES_SQL, NOBODY, LeftOut
 from pipeline.stage.settings import Environment, Settings
 
@@ -60,7 +62,8 @@ _ELIGIBLE = f"""
 _NOT_DONE = f"""
     AND NOT EXISTS (SELECT FROM {{vectors}} v
         WHERE v.listing_id = l.listing_id AND v.edited_date = l.edited_date::timestamptz
-          AND {OF_KEY})"""
+          AND {OF_KEY})
+    {{not_settled}}"""
 
 # Microseconds since 1970, exact; a double, which to_timestamp() takes, would not be.
 _EDITED = """timestamptz 'epoch' + make_interval(days => (microseconds / 86400000000)::int)
@@ -226,6 +229,7 @@ class Pending:
     digest: str  # a Digest
     judged: str  # (reason, rows left out), and (None, eligible rows)
     standing: str  # ('eligible', n), ('unfinished', n without a vector), (reason, n that wait) ...
+    settled: Counter[str]  # those who wait that `standing` leaves out of what is unfinished
     rest: str  # how many rows of the key are of no pending listing
     witnesses: str
 
@@ -264,11 +268,17 @@ def prepare(
             "exclude_screenshots": chosen.exclude_screenshots,
             **chosen.identity._asdict(),
             "feature_version": environment.feature_version,
-            **(_arrays(waiting) if skip_waiting else {}),
         },
     )
     set_lock_timeout(cursor, chosen.lock_timeout_s)
     names = table_names(environment)
+    names["not_settled"] = ""
+    by_reason = Counter[str]()
+    if skip_waiting:
+        names["not_done"] = _NOT_DONE.format(**names)
+        days, by_reason, others = settle(cursor, waiting, _ELIGIBLE.format(**names))
+        bind(cursor, {**_arrays(others), "settled": _array(days)})
+        names["not_settled"] = NOT_SETTLED if by_reason else ""
     candidates = candidates_sql(cursor, environment)
     names["candidates_of_waiting"] = candidates.format(relation="looked_at", **names)
     names["candidates_of_witnesses"] = candidates.format(relation="witnesses", **names)
@@ -294,6 +304,7 @@ def prepare(
         digest=f"WITH {waits} {_DIGEST.format(due=due, candidates=of_pending, **names)}",
         judged=f"SELECT left_out, count(*) FROM ({JUDGED.format(**names)}) j GROUP BY 1",
         standing=f"WITH {waits} {standing} {_WAITING_BY_REASON if skip_waiting else ''}",
+        settled=by_reason,
         rest=f"{pending} {rest_sql(environment, 'pending')}",
         witnesses=_WITNESSES.format(**names),
     )
