@@ -275,3 +275,21 @@ def test_a_lasting_fault_comes_out(waited: list[float]) -> None:
 
     assert [1, 2, 4] == waited
     assert (4, 1) == (lasting.tried, final.tried)
+
+
+def test_a_socket_that_may_not_be_opened_is_no_fault_of_the_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who runs the job as another user is told which right is missing, not to encode the URL."""
+    monkeypatch.setenv("PG_DSN", f"postgresql:///shop?host={tmp_path}")
+    with pytest.raises(DatabaseError, match="found nothing that answers"), connect():
+        pass
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may open everything
+    try:
+        with pytest.raises(DatabaseError, match="found a socket that this user"), connect():
+            pass
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)

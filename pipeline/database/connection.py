@@ -35,6 +35,8 @@ NO_DATABASE = "none"  # PG_DSN=none: this machine has none and works from copied
 _CONNECT = [
     (r"Connection refused|No such file|not accepting|starting up|shutting down",
      "nothing that answers", "is the server running, and are host and port right?", True),
+    (r"on socket .*Permission denied", "a socket that this user may not open",
+     "the folder after host= needs x for the user that runs this", False),
     (r"translate host name", "a host name that does not resolve",
      "check the host; special characters in a password need percent-encoding in a URL", True),
     (r"timeout|timed out|unreachable|No route|closed the connection|reset by peer",
