@@ -707,6 +707,7 @@ def test_the_roles_sql_names_the_tables_of_the_environment() -> None:
         'GRANT SELECT ON "a"."iphone_listings", "a"."iphone_image_assets",'
         ' "c"."iphone_image_features_v1" TO "job";',
         'GRANT SELECT, INSERT, UPDATE ON "c"."v", "c"."v_encoders" TO "job";',
+        'GRANT SELECT ON "c"."v_current" TO "job";',
     ] == [line for line in sql.splitlines() if line.startswith(("CREATE", "GRANT"))]
     with pytest.raises(SettingsError, match="--role"):
         target.role_sql(Environment.read(names), 'job"')

@@ -702,6 +702,15 @@ def test_the_role_can_do_nothing_else(guarded: Guarded) -> None:
     assert [] == allowed
 
 
+def test_the_role_may_ask_what_is_current(guarded: Guarded) -> None:
+    """It has SELECT on the view, and the function needs no more than it has on the target."""
+    with adbc.connect(guarded.url()) as role, role.cursor() as cursor:
+        for relation in ("ml.img_vec512_v1_current", "ml.img_vec512_v1_as_of(now())"):
+            cursor.execute(f"SELECT count(*) >= 0 FROM {relation}")
+
+            assert [(True,)] == cursor.fetchall()
+
+
 def test_the_export_reads_one_read_only_snapshot(workspace: Workspace) -> None:
     """The transaction that reads the inputs is READ ONLY and REPEATABLE READ, both times."""
     database = workspace.database

@@ -15,6 +15,12 @@ def has_table(cursor: Cursor, name: tuple[str, str]) -> bool:
     return bool(fetch(cursor, RELATION, name))
 
 
+def may_replace(cursor: Cursor, name: tuple[str, str]) -> bool:
+    """Whether there is no table or view of that name, or this role owns it."""
+    owner = f"SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = ({RELATION})"
+    return all(may for (may,) in fetch(cursor, owner, name))
+
+
 def columns(cursor: Cursor, name: tuple[str, str]) -> dict[str, str]:
     """Column name to formatted type, of a table or view."""
     rows = fetch(

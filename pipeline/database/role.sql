@@ -9,3 +9,5 @@ GRANT USAGE ON SCHEMA {schemas} TO "{role}";
 GRANT SELECT ON {listings}, {images}, {features} TO "{role}";
 -- The second is the registry of encoders, which keeps two models from sharing a key.
 GRANT SELECT, INSERT, UPDATE ON {vectors}, {registry} TO "{role}";
+-- For a search; the function of earlier moments needs no more than the target.
+GRANT SELECT ON {current} TO "{role}";

@@ -5,7 +5,7 @@ from importlib import resources
 from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database import registry
-from pipeline.database.catalog import columns, has_table
+from pipeline.database.catalog import columns, has_table, may_replace
 from pipeline.database.connection import connect, fetch, quoted, run_script, translated_errors
 from pipeline.database.key import KEY
 from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
@@ -33,9 +33,10 @@ def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> 
 
 
 def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
-    """Create the target and its registry, and with `inputs` the three input tables for a trial.
+    """Create the target, its registry and, over the listings table, what is asked of it.
 
-    DatabaseError: a target is there, and has another shape.
+    With `inputs`, the three input tables too, for a trial. DatabaseError: a target is there, and
+    has another shape.
     """
     _require_extension(cursor)
     _require_create(cursor, environment)
@@ -46,6 +47,8 @@ def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: 
             run_script(cursor, script, names)
     registry.create(cursor, environment)
     check(cursor, environment, dimension)
+    if has_table(cursor, environment.listings) and may_replace(cursor, environment.current):
+        run_script(cursor, "current.sql", names)
 
 
 def _require_extension(cursor: Cursor) -> None:
@@ -102,6 +105,8 @@ def _names(environment: Environment) -> dict[str, str]:
         "schema": f'"{environment.vectors[0]}"',
         "vectors": quoted(environment.vectors),
         "registry": quoted(environment.registry),
+        "current": quoted(environment.current),
+        "as_of": quoted(environment.as_of),
         "features_index": f'"{environment.features[1][:59]}_key"',
     }
     for role in ("listings", "images", "features"):

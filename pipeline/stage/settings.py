@@ -219,8 +219,21 @@ class Environment(BaseModel):
     @property
     def registry(self) -> tuple[str, str]:
         """The registry of encoders: `<vectors table>_encoders` in the same schema."""
+        return self._beside("encoders")
+
+    @property
+    def current(self) -> tuple[str, str]:
+        """The view of the vectors of live listings: `<vectors table>_current`."""
+        return self._beside("current")
+
+    @property
+    def as_of(self) -> tuple[str, str]:
+        """The function of the vectors of a moment: `<vectors table>_as_of`."""
+        return self._beside("as_of")
+
+    def _beside(self, what: str) -> tuple[str, str]:
         schema, table = self.vectors
-        return schema, f"{table[:54]}_encoders"
+        return schema, f"{table[:54]}_{what}"
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Self:
