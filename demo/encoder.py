@@ -64,6 +64,7 @@ def random_encoder(
     *,
     model_name: str | None = None,
     vision_cfg: Config | None = None,
+    text_cfg: Config | None = None,
     embed_dim: int = DIM,
     seed: int = 0,
 ) -> Path:
@@ -71,12 +72,13 @@ def random_encoder(
 
     `model_name` takes an architecture from open_clip's own list, such as ViT-B-32, text tower
     included. Without it the model is a tiny ViT of `embed_dim` dimensions that loads at once;
-    `vision_cfg` changes its image size, patch size, width or layers.
+    `vision_cfg` changes its image size, patch size, width or layers; `text_cfg` its text tower,
+    which is for show.
     """
     model_cfg: Config = {
         "embed_dim": embed_dim,
         "vision_cfg": TINY_VISION | {"head_width": 32} | (vision_cfg or {}),
-        "text_cfg": TINY_TEXT,
+        "text_cfg": TINY_TEXT | (text_cfg or {}),
     }
     if model_name is not None:
         found = open_clip.get_model_config(model_name)

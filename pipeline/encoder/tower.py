@@ -305,8 +305,7 @@ def load_encoder(
     torch.backends.cudnn.allow_tf32 = False
     wait_asleep(device)
     probe(device)
-    name, checkpoint = _located(model, _fetched(model))
-    clip, preprocess = _created(model, name, checkpoint, precision)
+    clip, preprocess = load_clip(model, precision)
     rows = _cpu_rows(clip.visual, batch_size) if device == "cpu" else batch_size
     with device_errors(f"batch_size {batch_size}"):
         encoder = Encoder(clip.visual, preprocess, device, precision, rows)
@@ -319,14 +318,15 @@ def load_encoder(
     return encoder
 
 
-def _created(model: Model, name: str, checkpoint: Path | None, precision: str) -> tuple[Any, Any]:
-    """The whole open_clip model on the CPU, and its preprocessing.
+def load_clip(model: Model, precision: str = "fp32") -> tuple[Any, Any]:
+    """The whole open_clip model on the CPU, and its preprocessing. ModelError as load_encoder.
 
     fp16 and bf16 are open_clip's mixed kinds, not the pure ones: the norm layers stay in float32,
     as in the original CLIP, which costs no time and keeps the residual stream's small numbers.
     """
+    name, checkpoint = _located(model, _fetched(model))
     try:
-        with _quiet():
+        with quiet():
             clip = open_clip.create_model(
                 name,
                 pretrained=None if checkpoint is None else str(checkpoint),
@@ -392,7 +392,7 @@ def _fetched(model: Model) -> list[Path]:
     disable_progress_bars()
     config = [CONFIG_FILE] if model.name.startswith(HUB) else []
     try:
-        with _quiet():
+        with quiet():
             return [
                 Path(open_clip.pretrained.download_pretrained_from_hf(repository, filename=name))
                 for name in [file or None, *config]
@@ -404,7 +404,7 @@ def _fetched(model: Model) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep warnings, and open_clip's remarks to the root logger, out of the log.
 
     Without a handler there, its first remark would also install one that doubles all our lines.

@@ -152,6 +152,13 @@ def stage_parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def bigint(text: str) -> int:
+    """The type of a flag that names a listing. ValueError: it is none of Postgres's bigints."""
+    if not -(2**63) <= int(text) < 2**63:
+        raise ValueError("beyond the range of a bigint")
+    return int(text)
+
+
 class _KeepLog(argparse.Action):
     """Write each line to the file too, from now on. In it no line moves."""
 

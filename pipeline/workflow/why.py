@@ -19,7 +19,7 @@ from pipeline.database.pending import prepare
 from pipeline.encoder.model import identity_of, model_of
 from pipeline.photos.files import PhotoError, PhotoFolder
 from pipeline.select import select_images
-from pipeline.stage import settings
+from pipeline.stage import command, settings
 from pipeline.stage.errors import DatabaseError, StorageError
 from pipeline.stage.settings import Environment, Settings
 
@@ -54,13 +54,7 @@ class Edit:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which listing."""
-    parser.add_argument("listing_id", type=_bigint, metavar="LISTING_ID")
-
-
-def _bigint(text: str) -> int:
-    if not -(2**63) <= int(text) < 2**63:
-        raise ValueError("beyond the range of a bigint")
-    return int(text)
+    parser.add_argument("listing_id", type=command.bigint, metavar="LISTING_ID")
 
 
 def main(args: argparse.Namespace) -> None:
