@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
 
-.PHONY: setup demo demo-stop test test-slurm lint-image gpu-check mutants lint benchmarks rulegraph lock clean
+.PHONY: setup demo demo-stop test test-slurm test-browser lint-image gpu-check mutants lint benchmarks rulegraph lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -53,6 +53,11 @@ lint: setup
 	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/mypy
 	PG_DSN=none $(BIN)/snakemake --lint
+
+# The report in a headless Chromium: Debian and root, or a Chromium that is there.
+test-browser: setup
+	@if why=$$(tests/install-browser); then $(BIN)/python -m pytest -n 0 tests/test_report.py -k browser; \
+	else echo "make test-browser: skipped: $$why"; fi
 
 # The Containerfile, where the linter can be had; a line says so where it cannot.
 lint-image: setup

@@ -3,7 +3,7 @@
 # results/<rule>/...     what the rule writes; <shard> is N-of-M, all images of a listing in one
 # logs/<rule>/...        what it said
 #
-# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark
+# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark · report
 #
 # params name the settings that decide what a rule writes: one that changes reruns it.
 # resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
@@ -70,6 +70,7 @@ localrules:
     vectors,
     export,
     load,
+    report,
 
 
 onstart:
@@ -244,6 +245,40 @@ rule load:
         " --listings {input.listings:q} --receipt {output.receipt:q}"
         " {params.settings}"
         " --lock-timeout-s {resources.lock_timeout_s} --cache-dir {resources.cache_dir:q}"
+        " --log {log:q}"
+
+
+rule report:
+    """Look, don't read."""
+    input:
+        flow.table(AGGREGATED),
+    output:
+        page=report(
+            "results/report/index.html",
+            caption="pipeline/pages/report.rst",
+            category="Listing vectors",
+        ),
+    log:
+        "logs/report.log",
+    conda:
+        "environment.yml"
+    resources:
+        cache_dir=settings.cache_dir,
+    params:
+        settings=flow.flags(
+            "topk",
+            "exclude_stock",
+            "exclude_screenshots",
+            "apply_exif_orientation",
+            *KEY,
+            *PHOTO_LIMITS,
+        ),
+        moment=flow.moment,
+    shell:
+        "python -m pipeline.report"
+        " --output {output.page:q}"
+        " {params.settings}"
+        " --cache-dir {resources.cache_dir:q}"
         " --log {log:q}"
 
 

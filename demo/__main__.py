@@ -56,6 +56,7 @@ def main() -> None:
     model = f"local-dir:{shown(folder / ENCODER)}"
     words = ["snakemake", "--cores", str(flags.cores), "--config", f"model_name={model}"]
     _run(words, f"PG_DSN=... IMAGE_ROOT_DIR={shlex.quote(shown(origin.market.root))}")
+    _make_page(words)
     report.print_report(
         dsn, folder, shown(origin.market.root), shlex.join(words), made_up=origin.made_up
     )
@@ -125,6 +126,17 @@ def _run(words: list[str], environment: str) -> None:
     """The command a user types, as the user would see it; the DSN is in its environment."""
     print(f"\n$ {environment} {shlex.join(words)}\n", flush=True)
     _check(words, subprocess.run([sys.executable, "-m", *words], cwd=ROOT))
+
+
+def _make_page(words: list[str]) -> None:
+    """The target `report` of the same command; what it says is of interest where it fails."""
+    target = [*words[:3], "report", *words[3:]]
+    done = subprocess.run(
+        [sys.executable, "-m", *target], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        sys.stderr.buffer.write(done.stdout)
+    _check(target, done)
 
 
 def _check(words: list[str], done: subprocess.CompletedProcess[bytes]) -> None:

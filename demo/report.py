@@ -71,14 +71,16 @@ def print_report(dsn: str, folder: Path, image_root: str, snakemake: str, *, mad
     """Print the whole report about the database at `dsn`."""
     with adbc.connect(dsn) as connection, connection.cursor() as cursor:
         _print_happened(_rows(cursor, _HAPPENED))
-        _print_nearest(_rows(cursor, _NEAREST))
+        nearest = _rows(cursor, _NEAREST)
+        _print_nearest(nearest)
         if made_up:
             offered, found = _same_phone(_rows(cursor, _VECTORS))
             print(
                 f"\n{offered} of the listings offer a phone that others offer too, with other "
                 f"photos.\nFor {found} of them the nearest neighbour is such an offer."
             )
-    _print_further(dsn, folder, image_root, snakemake)
+    probe = nearest[0][0] if nearest else 0
+    _print_further(dsn, folder, image_root, snakemake, probe)
 
 
 def _same_phone(rows: Sequence[tuple[Any, ...]]) -> tuple[int, int]:
@@ -119,34 +121,29 @@ def _print_nearest(rows: Sequence[tuple[Any, ...]]) -> None:
         probe = listing_id
 
 
-def _print_further(dsn: str, folder: Path, image_root: str, snakemake: str) -> None:
+def _print_further(dsn: str, folder: Path, image_root: str, snakemake: str, probe: int) -> None:
     python = shlex.quote(_typed(sys.executable))
     psql = shlex.quote(_typed(str(postgres.binary("psql"))))
-    errors = "select storage_path, error from 'results/encode/*.parquet' where error is not null"
-    nearest = (
-        "select listing_id, vec <=> (select vec from ml.img_vec512_v1 limit 1) as distance "
-        "from ml.img_vec512_v1 order by distance limit 5"
-    )
     touch = (
         'update "iPhone".iphone_listings set edited_date = now() where listing_id = '
-        "(select min(listing_id) from ml.img_vec512_v1)"
+        "(select min(listing_id) from ml.img_vec512_v1_current)"
     )
     typed = _typed(str(folder))
     stop = "" if typed == "demo/data" else f" --folder {shlex.quote(typed)}"
+    model = snakemake.partition("--config ")[2]
     print(f"""
 Look further
 
-  The files between the stages, with DuckDB; here the images that could not be read:
-    {python} -c "import duckdb; print(duckdb.sql('''{errors}'''))"
-  The database, with psql:
-    export PG_DSN={shlex.quote(dsn)}
-    {psql} "$PG_DSN" -c {shlex.quote(nearest)}
+  The report, in a browser: results/report/index.html
+
+  export PG_DSN={shlex.quote(dsn)}
+  export IMAGE_ROOT_DIR={shlex.quote(image_root)}
+  What is like a listing, as a sheet of photos:
+    {python} -m pipeline search {probe} --format html --out sheet.html --config {model}
   Edit a listing and run again: only that one is pending, and its images come from the cache:
     {psql} "$PG_DSN" -c {shlex.quote(touch)}
-    export IMAGE_ROOT_DIR={shlex.quote(image_root)}
     {_typed_words(snakemake)}
-  CLIP itself, whose weights come from the Hugging Face hub (0.6 GB): the same without --config.
-  The Postgres keeps running. To stop it:
+  Stop the Postgres, which keeps running:
     {python} -m demo stop{stop}""")
 
 

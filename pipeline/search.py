@@ -193,7 +193,7 @@ class Search:
         return self._photos(there, [listing]).get(listing.listing_id, [])
 
     def _page(self, found: Sequence[Found], identity: Identity, asked: Sequence[str]) -> str:
-        from pipeline.pages import page
+        from pipeline.pages.template import page
 
         folder = PhotoFolder(
             self._environment.image_root, self._chosen.follow_symlinks, self._chosen.max_image_bytes

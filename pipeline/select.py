@@ -6,9 +6,10 @@ exported listing has at least one selected image, and no shard of an earlier spl
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
+from pipeline.stage.settings import Settings
 
 LISTING = ["generation", "listing_id", "edited_date"]
 BATCH_ROWS = 256_000
@@ -94,6 +96,15 @@ def select(args: argparse.Namespace, chosen: settings.Settings) -> int:
     for folder in args.prune:
         _prune(folder, {path.name for path in args.outputs})
     return images
+
+
+def why_not(candidate: Mapping[str, Any], fallback: bool, chosen: Settings) -> str:
+    """Why `select_images` did not take a candidate of a listing; `fallback`: it fell back."""
+    if candidate["is_stock_photo"] and chosen.exclude_stock and not fallback:
+        return "no: stock photo"
+    if candidate["battery_screenshot"] and chosen.exclude_screenshots and not fallback:
+        return "no: battery screenshot"
+    return f"no: beyond topk {chosen.topk}"
 
 
 class ShardWriter:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -301,6 +302,11 @@ class Workflow:
             return [*files, str(RECEIPT)]
 
         return of_table
+
+    @staticmethod
+    def moment(wildcards: object) -> str:
+        """The param of what is made anew each time that it is asked for."""
+        return datetime.now(UTC).isoformat()
 
     def flags(self, *names: str) -> Params:
         """The params of a rule: these settings, as flags of its command.

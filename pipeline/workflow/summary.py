@@ -103,6 +103,8 @@ def stages(since_ns: int) -> dict[str, str]:
     said = {stage: _TOLD[stage](since_ns) if stage in ran else NOTHING for stage in CHAIN[:last]}
     if _ran("benchmark", since_ns):
         said["benchmark"] = _benchmark(since_ns)
+    if _ran("report", since_ns):
+        said["report"] = _report(since_ns)
     return {stage: text or "not finished" for stage, text in said.items()}
 
 
@@ -162,6 +164,11 @@ def _benchmark(since_ns: int) -> str:
     found = json.loads(report[0].read_text())
     rate = f"{found['images_per_second']:.1f} images/s"
     return f"{rate}, bound by {found['binding_stage']} -> {report[0]}"
+
+
+def _report(since_ns: int) -> str:
+    page = _since([RESULTS / "report" / "index.html"], since_ns)
+    return f"-> {page[0]}" if page else ""
 
 
 _TOLD: dict[str, Callable[[int], str]] = {

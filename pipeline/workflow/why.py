@@ -18,7 +18,7 @@ from pipeline.database.listing import Row, Vector
 from pipeline.database.pending import prepare
 from pipeline.encoder.model import identity_of, model_of
 from pipeline.photos.files import PhotoError, PhotoFolder
-from pipeline.select import select_images
+from pipeline.select import select_images, why_not
 from pipeline.stage import command, settings
 from pipeline.stage.errors import DatabaseError, StorageError
 from pipeline.stage.settings import Environment, Settings
@@ -164,18 +164,11 @@ class Judge:
             image = ranks.get((candidate["image_index"], candidate["storage_path"]))
             if image is None:
                 fallback = bool(selected["fallback"].any())
-                yield Photo(candidate, self._why_not(candidate, fallback), "")
+                yield Photo(candidate, why_not(candidate, fallback, self._chosen), "")
                 continue
             rank = f"{'fallback, ' if image['fallback'] else ''}rank {image['rank']}"
             became = self._became(candidate["edited_date"], candidate["storage_path"])
             yield Photo(candidate, rank, became)
-
-    def _why_not(self, candidate: dict[str, Any], fallback: bool) -> str:
-        if candidate["is_stock_photo"] and self._chosen.exclude_stock and not fallback:
-            return "no: stock photo"
-        if candidate["battery_screenshot"] and self._chosen.exclude_screenshots and not fallback:
-            return "no: battery screenshot"
-        return f"no: beyond topk {self._chosen.topk}"
 
     def _became(self, edited: datetime, path: str | None) -> str:
         """What the shards at hand say of it, and what the file is now where that says more."""
