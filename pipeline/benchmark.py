@@ -80,8 +80,11 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
 
 
 def _bound(apart: dict[str, float], job: EncodeJob) -> float:
-    """Seconds that all stages together take at least: the cores are shared, a GPU is not."""
-    return sum(apart.values()) if job.device == "cpu" else max(apart.values())
+    """Seconds that all stages together take at least: cores are shared, a GPU or store is not."""
+    if job.device != "cpu":
+        return max(apart.values())
+    read = apart["read"] if job.photos.readers else 0.0
+    return max(read, sum(apart.values()) - read)
 
 
 def advice(paths: list[str | None], job: EncodeJob, apart: dict[str, float]) -> dict[str, float]:
@@ -120,9 +123,11 @@ def time_apart(
     """Seconds of wall time of each stage alone, on all the threads that it would have."""
     seconds = dict.fromkeys(only, 0.0)
     rows = job.encoder.batch_rows  # loads the encoder, outside of the clock
-    with ThreadPoolExecutor(job.workers) as pool:
+    readers = job.photos.readers or job.workers
+    with ThreadPoolExecutor(job.workers) as cores, ThreadPoolExecutor(readers) as reading:
 
         def timed(stage: str, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+            pool = reading if stage == "read" else cores
             start = time.perf_counter()
             results = [result for result in pool.map(work, items) if result is not None]
             seconds[stage] += time.perf_counter() - start

@@ -39,13 +39,9 @@ from pipeline.encoder.model import (
     resolve_device,
     resolve_precision,
 )
-from pipeline.photos.files import (
-    NOT_THERE,
-    FileStat,
-    PhotoError,
-    PhotoFolder,
-    check_image_root,
-)
+from pipeline.photos.ahead import Ahead, limit
+from pipeline.photos.files import NOT_THERE, FileStat, PhotoError, Photos
+from pipeline.photos.root import photos_at
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
 from pipeline.stage.errors import DataError, ModelError, WrongImageRoot
@@ -63,7 +59,8 @@ GPU_BATCHES = 2  # one computes while the next is copied
 GPU_HANDFUL = 8  # photos that a thread beside a GPU takes at a time: fewer waits for Python's lock
 GPU_DECODED = 64  # in one call of a GPU's decoder: an H100 does 16 at 80 % of its rate
 LEAVE_S = 2.0  # for batches under way when the line ends with an error
-STAT_THREADS = 8  # on network filesystems a stat is a round trip
+WITNESS_THREADS = 8  # on network filesystems a stat is a round trip
+FIRST_ASKED = 32  # photos of a chunk in a store: where none is in the cache, few of the others are
 NO_VECTOR = "vector: the encoder gave a zero or non-finite vector"
 
 SETTINGS = (
@@ -104,19 +101,20 @@ class EncodeJob:
 
     model: Model
     fingerprint: Fingerprint
-    photos: PhotoFolder
+    photos: Photos
     device: str
     precision: str
     threads: int
     chosen: Settings
-    root: tuple[int, int]  # which folder the image root is: device and inode
+    root: tuple[int, int]  # which the image root was
 
     @classmethod
     def prepare(
         cls, chosen: Settings, environment: Environment, threads: int, weights: str = ""
     ) -> "EncodeJob":
         """Check the image root, the model and the device; loads neither torch nor weights."""
-        check_image_root(environment.image_root)
+        photos = photos_at(environment.image_root, chosen)
+        root = photos.check()
         model = model_of(chosen)
         if weights and model.weights != weights:
             raise ModelError(
@@ -134,14 +132,12 @@ class EncodeJob:
                 decode=chosen.decode,
                 apply_exif_orientation=chosen.apply_exif_orientation,
             ),
-            photos=PhotoFolder(
-                environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes
-            ),
+            photos=photos,
             device=device,
             precision=precision,
             threads=threads,
             chosen=chosen,
-            root=_folder_id(environment.image_root),
+            root=root,
         )
 
     def check_root(self) -> None:
@@ -150,8 +146,7 @@ class EncodeJob:
         Without it every photo would count as missing, and listings would go in with the few
         images that were read before.
         """
-        check_image_root(self.photos.root)
-        if _folder_id(self.photos.root) != self.root:
+        if self.photos.check() != self.root:
             raise DataError(
                 "the folder of images that was there at the start", "another",
                 str(self.photos.root), "run it again; nothing that was encoded is lost",
@@ -162,7 +157,7 @@ class EncodeJob:
 
         Each names photos of a listing that has a vector. One alone is no evidence.
         """
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
+        with ThreadPoolExecutor(WITNESS_THREADS) as pool:
             there = sum(pool.map(self.photos.has_any, witnesses))
         gone = len(witnesses) - there
         if gone > max(1, self.chosen.max_failed_fraction * len(witnesses)):
@@ -196,14 +191,6 @@ class EncodeJob:
         if self.device == "cpu" or self.chosen.num_workers == "auto":
             return self.threads
         return max(1, min(self.chosen.num_workers, self.threads))
-
-
-def _folder_id(folder: Path) -> tuple[int, int]:
-    try:
-        status = folder.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_dev, status.st_ino
 
 
 class Decoder:
@@ -315,6 +302,7 @@ class Stats:
     failed: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     rate: float | None = None  # images encoded a second, once the encoder was at work
+    waited: float | None = None  # share of the time that went into waiting for an object store
 
     def add(self, photo: Photo) -> None:
         self.images += 1
@@ -334,13 +322,14 @@ class Stats:
             "failed": dict(sorted(self.failed.items())),
             "seconds": round(self.seconds, 3),
             "images_per_second": self.rate and round(self.rate, 3),
+            "waited_for_store": self.waited and round(self.waited, 3),
         }
 
     def __str__(self) -> str:
         parts = [f"{self.images} images: {self.how['encoded']} encoded"]
         parts += [f"{n} {how}" for how, n in sorted(self.how.items()) if how != "encoded"]
         parts += [f"{n} {reason}" for reason, n in sorted(self.failed.items())]
-        return f"{', '.join(parts)}; {self.seconds:.1f} s"
+        return f"{', '.join(parts)}; {self.seconds:.1f} s{limit(self.waited)}"
 
 
 def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> Stats:
@@ -355,6 +344,7 @@ def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> S
     start = time.monotonic()
     with cache, Line(job, cache) as line:
         stats = _write(selected, encoded, made_by, line)
+        stats.waited = line.waited_s / (time.monotonic() - start) if job.photos.readers else None
     stats.seconds = time.monotonic() - start
     if stats.images != expected:
         raise DataError(f"{expected} images", f"{stats.images} encoded", str(encoded))
@@ -423,7 +413,9 @@ class Line(AbstractContextManager["Line"]):
         self.batch: list[Photo] = []
         self.encoding: deque[Future[None]] = deque()
         self.refreshed = time.monotonic()
-        self.statters = ThreadPoolExecutor(STAT_THREADS, "stat")
+        self.ahead = Ahead(job.photos)
+        self.cache_helps = bool(cache.entries)
+        self.lookups_s = 0.0  # waited for the store's answers, with nothing else to do
         self.asker = ThreadPoolExecutor(1, "ask")
         self.decoders = self.encoders = ThreadPoolExecutor(job.workers, "decode")
         if job.device != "cpu":
@@ -435,8 +427,9 @@ class Line(AbstractContextManager["Line"]):
 
         No thread is waited for then: one may read from a disk that does not answer.
         """
-        for pool in (self.asker, self.decoders, self.encoders, self.statters):
+        for pool in (self.asker, self.decoders, self.encoders):
             pool.shutdown(wait=kind is None, cancel_futures=True)
+        self.ahead.close(wait=kind is None)
         wait([batch for batch in self.encoding if not batch.cancelled()], LEAVE_S)
         with self.lock:
             self.over = True  # the cache closes now
@@ -455,15 +448,41 @@ class Line(AbstractContextManager["Line"]):
         for chunk in chunks:
             after = self.asker.submit(self.looked_up, chunk)
             if before is not None:
-                yield from before.result()
+                yield from self._found(before)
             before = after
         if before is not None:
-            yield from before.result()
+            yield from self._found(before)
+
+    def _found(self, asked: Future[list[Photo]]) -> list[Photo]:
+        """Wait for a chunk's look-up."""
+        idle, start = not self.working, time.monotonic()
+        photos = asked.result()
+        self.lookups_s += (time.monotonic() - start) * idle
+        return photos
 
     def looked_up(self, paths: list[str | None]) -> list[Photo]:
-        """The photos of a chunk; done are those whose file is missing or in the cache."""
+        """The photos of a chunk; done are those whose file is missing or in the cache.
+
+        In a store, whose answers take long and cost money, that is asked of a few first.
+        """
         photos = [Photo(path) for path in paths]
-        list(self.statters.map(self._stat, photos))
+        if not self.job.photos.readers:
+            self._look_up(photos)
+        elif self.cache_helps:
+            every = max(1, len(photos) // FIRST_ASKED)
+            if self._look_up(photos[::every]):
+                self._look_up([p for p in photos if p.stat is None and not p.done])
+        return photos
+
+    def _look_up(self, photos: list[Photo]) -> bool:
+        """Whether one of them at least is in the cache."""
+        stats = self.job.photos.stats([photo.path for photo in photos])
+        for photo, found in zip(photos, stats, strict=True):
+            if isinstance(found, FileStat):
+                photo.stat = found
+            else:
+                photo.error = str(found)
+        self._check_missing(*(photo.error for photo in photos if photo.error))
         there = [photo for photo in photos if photo.stat is not None]
         self._refresh()
         hits = self.cache.lookup_files(
@@ -474,17 +493,10 @@ class Line(AbstractContextManager["Line"]):
         for row, photo in enumerate(there):
             photo.vec, photo.error = hits.vector(row), hits.error(row)
             photo.how = "same file"
-        return photos
+        return len(hits) > 0
 
-    def _stat(self, photo: Photo) -> None:
-        try:
-            photo.stat = self.job.photos.stat(photo.path)
-        except PhotoError as error:
-            self._check_missing(error)
-            photo.error = str(error)
-
-    def _check_missing(self, error: PhotoError) -> None:
-        if str(error).startswith(NOT_THERE):
+    def _check_missing(self, *errors: str) -> None:
+        if any(error.startswith(NOT_THERE) for error in errors):
             self.job.check_root()
 
     def _refresh(self) -> None:
@@ -501,6 +513,7 @@ class Line(AbstractContextManager["Line"]):
             if not photo.done:
                 if not self.cache.entries:
                     self.job.encoder  # noqa: B018  bad weights show before the first image is read
+                self.ahead.expect(photo.path)
                 self.handful.append(photo)
                 if len(self.handful) >= self.together:
                     self._send_handful()
@@ -526,6 +539,11 @@ class Line(AbstractContextManager["Line"]):
         self.working.append((handful, self.decoders.submit(self._decode, handful)))
 
     @property
+    def waited_s(self) -> float:
+        """Seconds of a thread's time that went into waiting for a store."""
+        return self.ahead.waited_s / self.job.workers + self.lookups_s
+
+    @property
     def window(self) -> int:
         """Photos decoded or being decoded: enough that neither side waits for the other."""
         return 2 * self.job.chosen.batch_size + 2 * self.job.workers * self.together
@@ -540,9 +558,9 @@ class Line(AbstractContextManager["Line"]):
         read: list[tuple[Photo, bytes]] = []
         for photo in photos:
             try:
-                data, photo.stat = self.job.photos.read(photo.path)
+                data, photo.stat = self.ahead.read(photo.path)
             except PhotoError as error:
-                self._check_missing(error)
+                self._check_missing(str(error))
                 self._finish(photo, None, str(error))
                 continue
             photo.digest = sha256(data).digest()

@@ -35,7 +35,8 @@ from pipeline.database.pending import prepare
 from pipeline.database.sample import Current, Embedded
 from pipeline.pages import plots
 from pipeline.pages.template import page
-from pipeline.photos.files import PhotoError, PhotoFolder
+from pipeline.photos.files import PhotoError
+from pipeline.photos.root import photos_at
 from pipeline.select import select_images, why_not
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
@@ -346,9 +347,7 @@ class Album:
     """Thumbnails, each made once, until there are MOST_BYTES of them."""
 
     def __init__(self, chosen: Settings, environment: Environment) -> None:
-        self._folder = PhotoFolder(
-            environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
-        )
+        self._root = photos_at(environment.image_root, chosen, patient=False)
         self._chosen = chosen
         self._bytes = 0
         self._made: dict[tuple[str, int], tuple[str, str]] = {}
@@ -373,7 +372,7 @@ class Album:
         if self._bytes > MOST_BYTES:
             return "", "no room on this page"
         try:
-            return thumbnail(self._folder.read(path)[0], side, self._chosen), ""
+            return thumbnail(self._root.read(path)[0], side, self._chosen), ""
         except (PhotoError, StorageError) as error:
             return "", str(error)
 

@@ -23,7 +23,8 @@ from pipeline.database.neighbours import Neighbour, Neighbourhood
 from pipeline.database.registry import NEVER_MIXED, MadeBy
 from pipeline.encode import Decoder
 from pipeline.encoder.model import Model, identity_of, model_of, resolve_device, resolve_precision
-from pipeline.photos.files import PhotoError, PhotoFolder
+from pipeline.photos.files import PhotoError
+from pipeline.photos.root import photos_at
 from pipeline.select import select_images
 from pipeline.stage import command, settings
 from pipeline.stage.errors import DataError, ModelError, PipelineError, SettingsError
@@ -195,12 +196,10 @@ class Search:
     def _page(self, found: Sequence[Found], identity: Identity, asked: Sequence[str]) -> str:
         from pipeline.pages.template import page
 
-        folder = PhotoFolder(
-            self._environment.image_root, self._chosen.follow_symlinks, self._chosen.max_image_bytes
-        )
+        root = photos_at(self._environment.image_root, self._chosen)
 
         def shown(paths: Sequence[str]) -> list[dict[str, str]]:
-            return [self._shown(path, lambda path=path: folder.read(path)[0]) for path in paths]
+            return [self._shown(path, lambda path=path: root.read(path)[0]) for path in paths]
 
         query = shown(asked) + [self._shown(p.name, p.read_bytes) for p in self._args.image]
         return page(

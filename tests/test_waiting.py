@@ -211,7 +211,7 @@ def test_each_file_is_looked_at_once(nights: Nights, monkeypatch: pytest.MonkeyP
         return stat(folder, path)
 
     monkeypatch.setattr(PhotoFolder, "stat", counted)
-    monkeypatch.setattr(waiting, "STAT_PATHS", 2)
+    monkeypatch.setattr("pipeline.photos.files.STAT_PATHS", 2)
     rows = [failed(n, "shared", f"{n}.jpg", None) for n in range(5)]
     nights.remember(*rows)
     files = nights.files()
@@ -231,7 +231,7 @@ def test_a_file_system_that_fails_is_said_once(
         asked.append(path)
         raise StorageError("a photo", "Input/output error", path)
 
-    monkeypatch.setattr(waiting, "STAT_THREADS", 1)
+    monkeypatch.setattr("pipeline.photos.files.STAT_THREADS", 1)
     monkeypatch.setattr(PhotoFolder, "stat", fails)
     nights.remember(failed(1, "a", "b"), failed(2, "c"))
 

@@ -10,10 +10,8 @@ and a block of the older ones, another by lot each hour. The rest is left out by
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.photos.files import FileStat, PhotoError, PhotoFolder
+from pipeline.photos.files import FileStat
+from pipeline.photos.root import photos_at
 from pipeline.stage import parquet
 from pipeline.stage.command import log
 from pipeline.stage.errors import StorageError
@@ -36,8 +35,6 @@ if TYPE_CHECKING:  # a plan does without
 
 LOOKED_AT = 10_000  # listings a plan
 TURN_S = 3600  # how long plans look at the same of the older ones
-STAT_THREADS = 16  # on network file systems a stat is a round trip
-STAT_PATHS = 64  # that a thread takes at once
 MEMORY_MB = 512  # for DuckDB to rewrite a ledger; beyond, it spills to disk
 ROW_GROUP = 4096
 
@@ -84,12 +81,10 @@ NOBODY = LeftOut.of(*[LEDGER.empty_table()] * 3)
 class Files:
     """The files of waiting listings as they are now, each looked at once."""
 
-    def __init__(self, chosen: Settings, image_root: Path) -> None:
-        self._folder = PhotoFolder(
-            image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
-        )
+    def __init__(self, chosen: Settings, image_root: Path | str) -> None:
+        self._photos = photos_at(image_root, chosen, patient=False)
         self._now: dict[str, FileStat | None] = {}
-        self._failed = threading.Event()
+        self._failed = False
 
     def changed(self, tried: pa.ChunkedArray) -> list[list[tuple[str, int, int]]]:
         """Of each listing the files that can be read now and differ from what was tried."""
@@ -104,24 +99,15 @@ class Files:
             yield file["storage_path"], now.size, now.mtime_ns
 
     def _look_at(self, paths: list[str]) -> None:
-        portions = [paths[i : i + STAT_PATHS] for i in range(0, len(paths), STAT_PATHS)]
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            for found in pool.map(lambda some: [self._stat(path) for path in some], portions):
-                self._now.update(found)
-
-    def _stat(self, path: str) -> tuple[str, FileStat | None]:
-        """A file system that fails is not asked again: who waits for it waits on."""
-        if self._failed.is_set():
-            return path, None
+        """A place that fails is not asked again: who waits for it waits on."""
+        if self._failed:
+            return
         try:
-            return path, self._folder.stat(path)
-        except PhotoError:
-            return path, None
+            for path, found in zip(paths, self._photos.stats(paths), strict=True):
+                self._now[path] = found if isinstance(found, FileStat) else None
         except StorageError as error:
-            if not self._failed.is_set():
-                log.warning("%s; listings that wait for files wait on", error)
-            self._failed.set()
-            return path, None
+            log.warning("%s; listings that wait for files wait on", error)
+            self._failed = True
 
 
 def left_out(files: Files, chosen: Settings, identity: Identity) -> LeftOut:

@@ -10,7 +10,9 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -40,6 +42,8 @@ _THE_PHOTOS_OWN = frozenset(
         errno.EFBIG, errno.EOVERFLOW,
     }
 )  # fmt: skip
+STAT_THREADS = 16  # on network file systems a stat is a round trip
+STAT_PATHS = 64  # that a thread takes at once
 RETRY_S = (0.2, 1.0)  # pauses before the file system is asked again
 
 # How errors begin that every photo has under a wrong image root, or one that may not be entered.
@@ -57,74 +61,93 @@ class PhotoError(Exception):
     def __init__(self, reason: Reason, detail: str) -> None:
         self.reason: Reason = reason
         text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(f"{reason}: {detail}".split()))
-        super().__init__(_printable(text))
+        super().__init__(printable(text))
 
 
 class FileStat(NamedTuple):
-    """What tells one state of a file from another: bytes, and nanoseconds since 1970."""
+    """What tells one state of a photo from another.
+
+    Of a file: bytes, and nanoseconds since 1970. Of an object: bytes, and 63 bits of its version.
+    """
 
     size: int
     mtime_ns: int
 
 
-def check_image_root(root: Path) -> None:
-    """The image root is a folder that may be entered; else DataError."""
+def check_image_root(root: Path) -> tuple[int, int]:
+    """Which folder the image root is, by device and inode; DataError where it can't be entered."""
     try:
-        found = "" if stat.S_ISDIR(root.stat().st_mode) else "no folder"
+        status = root.stat()
+        found = "" if stat.S_ISDIR(status.st_mode) else "no folder"
         if not found and not os.access(root, os.X_OK):
             found = "one that may not be entered"
+        if not found:
+            return status.st_dev, status.st_ino
     except FileNotFoundError:
         found = "none"
     except OSError as error:
         found = _words(error)
-    if found:
-        raise DataError(
-            "a folder of images at IMAGE_ROOT_DIR",
-            found,
-            str(root),
-            "export IMAGE_ROOT_DIR=/path/to/images",
-        )
+    raise DataError(
+        "a folder of images at IMAGE_ROOT_DIR",
+        found,
+        str(root),
+        "export IMAGE_ROOT_DIR=/path/to/images",
+    )
 
 
-class PhotoFolder:
+class Photos(ABC):
     """The image root. Every method may be called from any number of threads at once.
 
-    `follow_symlinks=False`: a symlink at any step below the root is 'outside', wherever it points;
-    the root itself may be one. `True`: links are followed wherever they lead, also out of the root.
-    `max_bytes`: a larger file is 'too-large' and is not read. `pauses`: seconds before a file
-    system that failed is asked again, once for each.
-
-    A `storage_path` is relative to the root, with '/' between its parts; empty parts and '.' count
-    for nothing, and '..' is 'outside' even where it would lead back in.
+    A `storage_path` is relative to it, with '/' between its parts; empty parts and '.' count for
+    nothing, and '..' is 'outside' even where it would lead back in.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        follow_symlinks: bool,
-        max_bytes: int,
-        pauses: tuple[float, ...] = RETRY_S,
-    ) -> None:
-        self.root = Path(os.path.abspath(root))
-        self.follow_symlinks = follow_symlinks
-        self.max_bytes = max_bytes
-        self.pauses = pauses
-        self._root = os.fsencode(self.root)
+    root: Path | str
+    max_bytes: int
+    readers = 0  # threads that are worth having to fetch ahead; 0: who needs a photo reads it
 
+    @abstractmethod
+    def check(self) -> tuple[int, int]:
+        """Which root it is now; DataError or StorageError: it can't be told what is missing."""
+
+    @abstractmethod
     def stat(self, storage_path: str | None) -> FileStat:
-        """The state of a file that read() would read now; otherwise read()'s PhotoError.
+        """The state of a photo that read() would read now; otherwise read()'s PhotoError.
 
-        Raises StorageError where the file system fails, or the process is out of descriptors.
+        Raises StorageError where the file system or store fails, or descriptors run out.
         """
-        return self._patiently(storage_path, self._stat)
 
+    @abstractmethod
     def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
-        """A file's bytes and the state that they belong to; PhotoError where there are none.
+        """A photo's bytes and the state that they belong to; PhotoError where there are none.
 
-        A file that changes while it is read is read once more, then it is 'unreadable'.
-        Raises StorageError where the file system fails, or the process is out of descriptors.
+        One that changes while it is read is read once more, then it is 'unreadable'.
+        Raises StorageError as stat() does.
         """
-        return self._patiently(storage_path, self._read)
+
+    def stats(self, storage_paths: Sequence[str | None]) -> Iterator[FileStat | PhotoError]:
+        """stat() of each in turn, or its PhotoError; many at a time.
+
+        Raises StorageError as stat() does; no other photo is asked for then.
+        """
+        failed: list[StorageError] = []
+
+        def look(path: str | None) -> FileStat | PhotoError:
+            if failed:
+                raise failed[0]
+            try:
+                return self.stat(path)
+            except PhotoError as error:
+                return error
+            except StorageError as error:
+                failed.append(error)
+                raise
+
+        starts = range(0, len(storage_paths), STAT_PATHS)
+        portions = [storage_paths[i : i + STAT_PATHS] for i in starts]
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            for found in pool.map(lambda some: [look(path) for path in some], portions):
+                yield from found
 
     def has_any(self, storage_paths: Iterable[str | None]) -> bool:
         """Whether one at least of these names is taken, be it by a photo that can be read or not.
@@ -140,6 +163,41 @@ class PhotoFolder:
             return not str(error).startswith(NOT_THERE)
         return True
 
+
+class PhotoFolder(Photos):
+    """A folder as the image root.
+
+    `follow_symlinks=False`: a symlink at any step below the root is 'outside', wherever it points;
+    the root itself may be one. `True`: links are followed wherever they lead, also out of the root.
+    `max_bytes`: a larger file is 'too-large' and is not read. `pauses`: seconds before a file
+    system that failed is asked again, once for each.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        follow_symlinks: bool,
+        max_bytes: int,
+        pauses: tuple[float, ...] = RETRY_S,
+    ) -> None:
+        self.root: Path = Path(os.path.abspath(root))
+        self.follow_symlinks = follow_symlinks
+        self.max_bytes = max_bytes
+        self.pauses = pauses
+        self._root = os.fsencode(self.root)
+
+    def check(self) -> tuple[int, int]:
+        """Which folder it is now, by device and inode; DataError: none that may be entered."""
+        return check_image_root(self.root)
+
+    def stat(self, storage_path: str | None) -> FileStat:
+        """As of Photos."""
+        return self._patiently(storage_path, self._stat)
+
+    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
+        """As of Photos."""
+        return self._patiently(storage_path, self._read)
+
     def _patiently(self, storage_path: str | None, look: Callable[[str | None], T]) -> T:
         """Look at a photo, more than once where it is the file system that fails."""
         for pause in self.pauses:
@@ -152,7 +210,7 @@ class PhotoFolder:
         except OSError as error:
             failed = error
         raise StorageError(
-            "photos that can be read", _words(failed), _printable(storage_path or ""),
+            "photos that can be read", _words(failed), printable(storage_path or ""),
             "run it again when the disk or network answers: nothing that was encoded is lost;"
             " a photo that fails each time can be moved away",
         )  # fmt: skip
@@ -182,7 +240,7 @@ class PhotoFolder:
 
     @contextmanager
     def _open(self, storage_path: str | None) -> Iterator[int]:
-        parts = _parts(storage_path)
+        parts = parts_of(storage_path)
         if self.follow_symlinks:
             fd = os.open(b"/".join([self._root, *parts]), _FILE)
         else:
@@ -209,7 +267,7 @@ class PhotoFolder:
                 os.close(folder)
 
 
-def _parts(storage_path: str | None) -> list[bytes]:
+def parts_of(storage_path: str | None) -> list[bytes]:
     """The steps from the root to the file; PhotoError where there is no safe way to go."""
     if storage_path is None:
         raise PhotoError("missing", "the row has no storage_path")
@@ -285,7 +343,7 @@ def _words(error: OSError) -> str:
     return "input/output error" if error.errno is None else os.strerror(error.errno).lower()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """At most 200 characters that cannot do anything to a terminal."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 1] + "…"

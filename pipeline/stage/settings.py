@@ -20,6 +20,9 @@ from pipeline.stage.errors import SettingsError
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://")
+STORES = ("s3", "gs", "az", "https", "http")
+
 MOST_SHARDS = 10_000
 
 CONFIG = Path("config.yaml")
@@ -208,7 +211,7 @@ class Environment(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    image_root: Path
+    image_root: Path | str  # a folder, or the URL of an object store
     feature_version: int
     listings: tuple[str, str]
     images: tuple[str, str]
@@ -242,7 +245,7 @@ class Environment(BaseModel):
         assets_schema = _identifier(environ, "ASSETS_SCHEMA", "iPhone")
         ml_schema = _identifier(environ, "ML_SCHEMA", "ml")
         return cls(
-            image_root=Path(environ.get("IMAGE_ROOT_DIR") or "listing_images"),
+            image_root=_image_root(environ.get("IMAGE_ROOT_DIR") or "listing_images"),
             feature_version=_integer(environ, "IMAGE_FEATURE_VERSION", 1),
             listings=(listings_schema, _identifier(environ, "LISTINGS_TABLE", "iphone_listings")),
             images=(assets_schema, _identifier(environ, "ASSETS_TABLE", "iphone_image_assets")),
@@ -253,6 +256,31 @@ class Environment(BaseModel):
             features_named=bool(environ.get("IMAGE_FEATURES_TABLE")),
             vectors=(ml_schema, _identifier(environ, "VECTORS_TABLE", "img_vec512_v1")),
         )
+
+
+def is_url(image_root: str) -> bool:
+    """Whether it begins with a scheme, as s3:// is."""
+    return URL.match(image_root) is not None
+
+
+def _image_root(value: str) -> Path | str:
+    """A folder, or a URL without anything secret in it; SettingsError: another URL."""
+    if not is_url(value):
+        return Path(value)
+    scheme, _, rest = value.partition("://")
+    if scheme not in STORES or not rest.partition("/")[0]:
+        raise SettingsError(
+            "IMAGE_ROOT_DIR: a folder, or a URL such as s3://bucket/prefix",
+            f"one that begins with {scheme}://", "environment",
+            f"object stores are {', '.join(f'{name}://' for name in STORES)}",
+        )  # fmt: skip
+    if re.search(r"[@?#]", rest) or not rest.isprintable():
+        raise SettingsError(
+            "IMAGE_ROOT_DIR: a URL of scheme, bucket and prefix alone",
+            "an '@', '?', '#' or control character in it", "environment",
+            "credentials go into variables of the environment, such as AWS_ACCESS_KEY_ID",
+        )  # fmt: skip
+    return value
 
 
 def _identifier(environ: Mapping[str, str], name: str, default: str) -> str:

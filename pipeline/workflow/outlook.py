@@ -1,7 +1,5 @@
 """What the next run has to do: listings, photos, how many of them the cache knows, and how long."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +10,9 @@ from adbc_driver_manager.dbapi import Cursor
 from pipeline.cache.vectors import VectorCache
 from pipeline.database.connection import translated_errors
 from pipeline.database.pending import Digest, Pending
-from pipeline.database.waiting import STAT_THREADS
 from pipeline.encoder.model import Model, fingerprint, resolve_device, resolve_precision
-from pipeline.photos.files import FileStat, PhotoError, PhotoFolder
+from pipeline.photos.files import FileStat
+from pipeline.photos.root import photos_at
 from pipeline.select import select_images
 from pipeline.stage import parquet
 from pipeline.stage.errors import PipelineError
@@ -62,10 +60,12 @@ def _cached_share(
         if not cache.entries:
             return None if _has_others(cache) else 0.0
         paths = selected_paths(cursor, sample, chosen)
-        folder = PhotoFolder(
-            environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes, pauses=()
-        )
-        there = _stats(folder, paths)
+        photos = photos_at(environment.image_root, chosen, patient=False)
+        there = [
+            (path, found)
+            for path, found in zip(paths, photos.stats(paths), strict=True)
+            if path is not None and isinstance(found, FileStat)
+        ]
     except (PipelineError, OSError):
         return None  # a run would say it better
     if not there:
@@ -100,20 +100,3 @@ def selected_paths(cursor: Cursor, candidates: str, chosen: Settings) -> list[st
         frame = pl.DataFrame(cursor.fetch_arrow_table().cast(parquet.CANDIDATES))
     selected = select_images(frame, chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots)
     return list(selected["storage_path"])
-
-
-def _stats(folder: PhotoFolder, paths: Sequence[str | None]) -> list[tuple[str, FileStat]]:
-    """The files that are there."""
-
-    def stat(path: str | None) -> FileStat | None:
-        try:
-            return folder.stat(path)
-        except PhotoError:
-            return None
-
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        return [
-            (path, found)
-            for path, found in zip(paths, pool.map(stat, paths), strict=True)
-            if path is not None and found is not None
-        ]

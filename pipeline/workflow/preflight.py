@@ -18,7 +18,8 @@ from pipeline.database.catalog import has_table
 from pipeline.database.connection import connect, fetch, quoted
 from pipeline.database.pending import Pending, prepare
 from pipeline.encoder.model import Model, model_of, resolve_device, resolve_precision
-from pipeline.photos.files import PhotoError, PhotoFolder, check_image_root
+from pipeline.photos.files import PhotoError
+from pipeline.photos.root import photos_at
 from pipeline.stage.errors import (
     DatabaseError,
     DataError,
@@ -108,13 +109,13 @@ class Preflight:
 
     def photos(self) -> Iterator[Finding]:
         """The image root, and whether the sampled photos are below it."""
-        root = self.environment.image_root
-        check_image_root(root)
-        yield Finding("ok", f"images: {root}")
+        photos = photos_at(self.environment.image_root, self.chosen, patient=False)
+        photos.check()
+        yield Finding("ok", f"images: {self.environment.image_root}")
         if not self.sample:
             return
-        folder = PhotoFolder(root, self.chosen.follow_symlinks, self.chosen.max_image_bytes)
-        failed = {path: fault for path in self.sample if (fault := _fault(folder, path))}
+        looked_for = zip(self.sample, photos.stats(self.sample), strict=True)
+        failed = {path: found for path, found in looked_for if isinstance(found, PhotoError)}
         found = len(self.sample) - len(failed)
         if not found:
             raise self._no_photo(failed)
@@ -277,28 +278,20 @@ def _selected(cursor: Cursor, pending: Pending, chosen: Settings) -> list[str | 
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def _fault(folder: PhotoFolder, path: str | None) -> PhotoError | None:
-    try:
-        folder.stat(path)
-    except PhotoError as error:
-        return error
-    return None
-
-
-def _photo_hint(root: Path, path: str | None, fault: PhotoError) -> str:
+def _photo_hint(root: Path | str, path: str | None, fault: PhotoError) -> str:
     """How to mend paths none of which leads to a photo, told from the first."""
     column = "AS storage_path in a view"
     said = str(fault)
     if path is None:
         return f"the column that holds the path, {column}"
-    if said.endswith("is a URL"):
-        return f"regexp_replace(storage_path, '^[a-z0-9+.-]+://[^/]+/', '') {column}"
-    whole = f"{os.path.abspath(root)}/"
+    whole = f"{os.path.abspath(root) if isinstance(root, Path) else root.rstrip('/')}/"
     if path.startswith(whole):
         return f"substr(storage_path, {len(whole) + 1}) {column}"
+    if said.endswith("is a URL"):
+        return f"regexp_replace(storage_path, '^[a-z0-9+.-]+://[^/]+/', '') {column}"
     if path.startswith("/"):
         return f"ltrim(storage_path, '/') {column}"
-    near = _root_nearby(root, path)
+    near = _root_nearby(root, path) if isinstance(root, Path) else None
     return f"export IMAGE_ROOT_DIR={near or 'the folder that the paths start from'}"
 
 

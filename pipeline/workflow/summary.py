@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.photos.ahead import limit
 from pipeline.stage import parquet
 from pipeline.stage.command import clock
 from pipeline.stage.errors import PipelineError
@@ -208,7 +209,9 @@ def encoded(stats: list[dict[str, Any]]) -> str:
     parts = [f"{sum(shard['encoded'] for shard in stats)} images encoded"]
     parts += [f"{count} saved ({how})" for how, count in saved.items() if count]
     parts += [f"{count} failed ({reason})" for reason, count in failed.items()]
-    return ", ".join(parts)
+    waited = [(shard["seconds"], shard.get("waited_for_store") or 0.0) for shard in stats]
+    seconds = sum(s for s, _ in waited)
+    return ", ".join(parts) + limit(sum(s * share for s, share in waited) / max(seconds, 1e-3))
 
 
 def loaded(receipt: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from pipeline.database.inputs import check_inputs
 from pipeline.database.listing import Row, Vector
 from pipeline.database.pending import prepare
 from pipeline.encoder.model import identity_of, model_of
-from pipeline.photos.files import PhotoError, PhotoFolder
+from pipeline.photos.files import PhotoError
+from pipeline.photos.root import photos_at
 from pipeline.select import select_images, why_not
 from pipeline.stage import command, settings
 from pipeline.stage.errors import DatabaseError, StorageError
@@ -115,9 +116,7 @@ class Judge:
         self._next = listing.edits_in(cursor, pending.listings, listing_id)
         self._due = listing.edits_in(cursor, pending.due, listing_id)
         self._waits = waiting.files_of(chosen, chosen.identity, listing_id)
-        self._folder = PhotoFolder(
-            environment.image_root, chosen.follow_symlinks, chosen.max_image_bytes
-        )
+        self._root = photos_at(environment.image_root, chosen)
         self._encoded = _encoded(listing_id)
 
     def edits(self, rows: list[Row]) -> Iterator[Edit]:
@@ -182,7 +181,7 @@ class Judge:
 
     def _now(self, path: str | None) -> str:
         try:
-            return f"there, {self._folder.stat(path).size} bytes"
+            return f"there, {self._root.stat(path).size} bytes"
         except (PhotoError, StorageError) as error:
             return str(error)
 

@@ -1,0 +1,109 @@
+"""Photos fetched before they are asked for, where to fetch one is to wait: in an object store."""
+
+import threading
+import time
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.photos.files import FileStat, Photos
+
+MEMORY = 256 * 2**20  # bytes of photos that are here or on their way, before they are asked for
+LIMIT = 0.2  # of the time: who waits more for a store has it as the limit
+
+
+def limit(waited: float | None) -> str:
+    """'; the object store was the limit: ...' where it was; `waited` is a share of the time."""
+    if waited is None or waited < LIMIT:
+        return ""
+    return f"; the object store was the limit: {waited:.0%} of the time went into waiting for it"
+
+
+@dataclass(eq=False)
+class _Fetch:
+    """A photo that is expected by so many rows, and the bytes set aside for it."""
+
+    rows: int = 0
+    size: int = 0
+    over: bool = False
+    photo: Future[tuple[bytes, FileStat]] | None = None
+
+
+class Ahead:
+    """Reads photos for many threads; those of a store, `photos.readers` at a time, in advance.
+
+    A photo that several rows expect at a time is fetched once. The first of those to come may
+    always be fetched; the others wait for room, as if each were as large as the largest of late.
+    """
+
+    def __init__(self, photos: Photos, memory: int = MEMORY) -> None:
+        self.photos = photos
+        self.memory = memory
+        self.waited_s = 0.0  # of all threads that asked
+        self._expected: dict[str | None, _Fetch] = {}  # in the order in which they were
+        self._usual = photos.max_bytes
+        self._held = 0
+        self._over = False
+        self._changed = threading.Condition()  # over all of the above
+        self._pool = ThreadPoolExecutor(max(1, photos.readers), "read")
+
+    def close(self, wait: bool) -> None:
+        """Fetch nothing more; what is on its way comes to nothing."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._pool.shutdown(wait=wait, cancel_futures=True)
+
+    def expect(self, path: str | None) -> None:
+        """Have a photo fetched, if that is worth it; for each call one of read() has to follow."""
+        if not self.photos.readers:
+            return
+        with self._changed:
+            fetch = self._expected.get(path)
+            if fetch is None:
+                fetch = self._expected[path] = _Fetch()
+                fetch.photo = self._pool.submit(self._run, path, fetch)
+            fetch.rows += 1
+
+    def read(self, path: str | None) -> tuple[bytes, FileStat]:
+        """As photos.read()."""
+        with self._changed:
+            fetch = self._expected.get(path)
+        if fetch is None or fetch.photo is None:
+            return self.photos.read(path)
+        start = time.monotonic()
+        try:
+            return fetch.photo.result()
+        finally:
+            with self._changed:
+                self.waited_s += time.monotonic() - start
+                fetch.rows -= 1
+                if not fetch.rows:
+                    del self._expected[path]
+                    self._set_aside(fetch, 0)
+
+    def _run(self, path: str | None, fetch: _Fetch) -> tuple[bytes, FileStat]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._may_come(fetch))
+            if self._over:
+                raise CancelledError
+            self._set_aside(fetch, self._usual)
+        size = 0
+        try:
+            found = self.photos.read(path)
+            size = len(found[0])
+            return found
+        finally:
+            with self._changed:
+                fetch.over = True
+                self._usual = max(size, self._usual * 3 // 4)
+                self._set_aside(fetch, size)
+
+    def _may_come(self, fetch: _Fetch) -> bool:
+        if self._held + self._usual <= self.memory:
+            return True
+        return fetch is next(each for each in self._expected.values() if not each.over)
+
+    def _set_aside(self, fetch: _Fetch, size: int) -> None:
+        self._held += size - fetch.size
+        fetch.size = size
+        self._changed.notify_all()

@@ -1,0 +1,272 @@
+"""Photos in an object store (s3://, gs://, az://) or on a web server (https://), by `obstore`.
+
+Reads objects below the image root's prefix only, with the guarantees of files.py: never more bytes
+than allowed, never half of an object that is being replaced; a store that fails is no photo's
+error. Of the library's own errors no text is passed on: they quote requests and answers, and what
+these say of credentials belongs in no log.
+"""
+
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from pipeline.photos.files import RETRY_S, FileStat, PhotoError, Photos, parts_of, printable
+from pipeline.stage.errors import SettingsError, StorageError
+
+if TYPE_CHECKING:
+    from obstore import GetResult, ObjectMeta
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+T = TypeVar("T")
+
+REQUESTS = 64  # under way at a time: at 200 ms each, 320 photos a second
+PAGE = 1000  # objects in an answer to a list
+NAME_LENGTH = 1024  # bytes of an object's whole name, in each of the stores
+
+# The library's own: no end to a silence, and three minutes of retries.
+_CLIENT: "ClientConfig" = {
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(seconds=10),
+    "timeout": timedelta(minutes=2),
+    "allow_http": True,  # where an endpoint says so
+}
+_PATIENT: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
+_HASTY: "RetryConfig" = {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}
+
+
+class _Terms(NamedTuple):
+    """What a kind of store calls what may be wrong with it."""
+
+    where: str  # the bucket is
+    region: str
+    credentials: str
+    rights: str
+
+
+_S3 = _Terms(
+    "AWS_ENDPOINT_URL", "AWS_REGION",
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
+    "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
+)  # fmt: skip
+_TERMS = {
+    "s3": _S3,
+    "gs": _S3._replace(
+        where="network", region="network", credentials="GOOGLE_SERVICE_ACCOUNT",
+        rights="storage.objects.get and storage.objects.list",
+    ),
+    "az": _Terms(
+        "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
+        "Storage Blob Data Reader",
+    ),
+}  # fmt: skip
+_WEB = _Terms("IMAGE_ROOT_DIR", "IMAGE_ROOT_DIR", "a server that asks for none", "reading")
+
+NO_BUCKET = "NoSuchBucket|ContainerNotFound"
+
+# What an answer means, by the first of these that its text has: found, hint.
+_FAULTS = (
+    (NO_BUCKET + "|status code: 404",
+     "no such bucket", "see IMAGE_ROOT_DIR and {where}"),
+    (r"BareRedirect|PermanentRedirect|AuthorizationHeaderMalformed|status code: 30\d",
+     "a bucket of another region", "see {region}"),
+    (r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|status code: 401"
+     r"|AuthenticationFailed",
+     "credentials that are refused", "see {credentials}"),
+    (r"status code: 403",
+     "no right to it", "it takes {rights}"),
+    (r"status code: (429|503)|SlowDown", "a store that asks for fewer requests", "{later}"),
+    (r"status code: 5\d\d", "a store that fails", "{later}"),
+    (r"/latest/(api|meta-data)|computeMetadata|metadata/identity",
+     "no credentials", "export {credentials}"),
+    (r"kind: Timeout|TimedOut", "no answer in time", "see {where}; {later}"),
+    (r"kind: Connect", "nobody who answers", "see {where}; {later}"),
+)  # fmt: skip
+_LATER = "run it again when the store answers: nothing that was encoded is lost"
+
+
+class PhotoStore(Photos):
+    """A URL as the image root.
+
+    `max_bytes`: a larger object is 'too-large', and its bytes are not fetched. `patient=False`: a
+    store that fails is asked again for seconds, not for a minute.
+
+    An object's version is a hash of its etag, or of its date where it has none.
+    """
+
+    readers = REQUESTS
+
+    def __init__(self, url: str, max_bytes: int, patient: bool = True) -> None:
+        """SettingsError where the library is missing, or takes the URL or its variables for bad."""
+        self.root = url.rstrip("/")
+        self.max_bytes = max_bytes
+        self.pauses = RETRY_S if patient else ()
+        scheme, _, rest = self.root.partition("://")
+        self._terms = _TERMS.get(scheme.lower(), _WEB)
+        self._prefix = len(rest.partition("/")[2].encode()) + 1
+        self._store = _store(self.root, self._terms, _PATIENT if patient else _HASTY)
+
+    def check(self) -> tuple[int, int]:
+        """StorageError where no photo could be told from one that is missing.
+
+        That takes the right bucket, region and credentials and the right to list. Answers as
+        PhotoFolder does; here, one URL is one root.
+        """
+        if self._terms is _WEB:
+            self._answers()
+        else:
+            with suppress(PhotoError):
+                self._page()
+        return 0, 0
+
+    def stat(self, storage_path: str | None) -> FileStat:
+        """As of Photos; by a HEAD."""
+        name = self._name(storage_path)
+        return self._checked(self._ask(name, lambda: self._store.head(name)))
+
+    def stats(self, storage_paths: Sequence[str | None]) -> Iterator[FileStat | PhotoError]:
+        """As of Photos; by lists where that takes fewer requests."""
+        listed = self._listed(storage_paths)
+
+        def look(path: str | None) -> FileStat | PhotoError:
+            try:
+                name = self._name(path)
+                return self._checked(listed[name]) if name in listed else self.stat(path)
+            except PhotoError as error:
+                return error
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            yield from pool.map(look, storage_paths)
+
+    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
+        """As of Photos; by one GET, which answers with the bytes and their state at once."""
+        name = self._name(storage_path)
+        for pause in self.pauses:
+            found = self._ask(name, lambda: self._store.get(name))
+            with suppress(StorageError):
+                return self._body(name, found)
+            time.sleep(pause)
+        return self._body(name, self._ask(name, lambda: self._store.get(name)))
+
+    def _body(self, name: str, found: "GetResult") -> tuple[bytes, FileStat]:
+        """What is left of an answer; a body cut off is gone on with, if the object is the same."""
+        state = self._checked(found.meta)
+        return self._ask(name, found.bytes).to_bytes(), state
+
+    def _name(self, storage_path: str | None) -> str:
+        """The object's name below the prefix; PhotoError where there can be none."""
+        name = b"/".join(parts_of(storage_path))
+        if self._prefix + len(name) > NAME_LENGTH:
+            raise PhotoError("outside", "the storage_path has too long a name")
+        return name.decode()
+
+    def _checked(self, meta: "ObjectMeta") -> FileStat:
+        if meta["size"] > self.max_bytes:
+            raise PhotoError(
+                "too-large", f"{meta['size']} bytes, more than the {self.max_bytes} allowed"
+            )
+        return FileStat(meta["size"], _version(meta))
+
+    def _listed(self, storage_paths: Sequence[str | None]) -> "dict[str, ObjectMeta]":
+        """Those that lists give, as long as one saves as many requests as are made at a time.
+
+        A list costs about what twelve requests do, and pages come one after another.
+        """
+        wanted = set()
+        for path in storage_paths:
+            with suppress(PhotoError):
+                wanted.add(self._name(path))
+        names = sorted(wanted) if self._terms is not _WEB else []
+        found: dict[str, ObjectMeta] = {}
+        while len(names) >= REQUESTS:
+            try:
+                page = self._page(names[0][:-1])
+            except (PhotoError, StorageError):
+                break  # one by one, then
+            here = bisect_right(names, max(page, default=""))
+            found |= {name: page[name] for name in names[:here] if name in page}
+            if here < REQUESTS:
+                break
+            names = names[here:]
+        return found
+
+    def _page(self, after: str = "") -> "dict[str, ObjectMeta]":
+        """The first objects whose names come after this one; PhotoError: there are strange ones."""
+        objects = self._store.list(offset=after or None, chunk_size=PAGE)
+        return {each["path"]: each for each in self._ask("", lambda: next(objects, []))}
+
+    def _answers(self) -> None:
+        """A web server has no list, and may refuse its folders: any answer is a good one."""
+        from obstore.exceptions import BaseError
+
+        try:
+            self._store.head("")
+        except FileNotFoundError:
+            pass
+        except BaseError as error:
+            if not re.search("status code: 4", str(error)):
+                raise self._failure("", error) from None
+
+    def _ask(self, name: str, question: Callable[[], T]) -> T:
+        """What the store answers; PhotoError if that is about the object, else StorageError."""
+        from obstore.exceptions import BaseError, InvalidPathError
+
+        try:
+            return question()
+        except (ValueError, InvalidPathError):
+            raise PhotoError("outside", "the storage_path is no name of an object") from None
+        except FileNotFoundError as error:
+            if not re.search(NO_BUCKET, str(error)):
+                raise PhotoError("missing", "no such file") from None
+            failed: Exception = error
+        except (BaseError, OSError, NotImplementedError) as error:
+            failed = error
+        raise self._failure(name, failed)
+
+    def _failure(self, name: str, error: Exception) -> StorageError:
+        """The error in words of ours, with the store's short ones: a status and a code."""
+        said = str(error)
+        found, hint = next(
+            ((found, hint) for text, found, hint in _FAULTS if re.search(text, said)),
+            ("a connection that ends early", _LATER),
+        )
+        answer = re.findall(r"status code: (\d{3})|<Code>(\w{1,40})</Code>", said)
+        words = dict.fromkeys(filter(None, (word for pair in answer for word in pair)))
+        return StorageError(
+            "photos that can be read",
+            f"{found} ({' '.join(words)})" if words else found,
+            printable(f"{self.root}/{name}"),
+            hint.format(later=_LATER, **self._terms._asdict()),
+        )
+
+
+def _version(meta: "ObjectMeta") -> int:
+    """A number for the state that an etag stands for, however it is quoted; 63 bits."""
+    tag = meta["e_tag"] or meta["last_modified"].isoformat()
+    digest = sha256(tag.removeprefix("W/").strip('"').encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _store(url: str, terms: _Terms, retries: "RetryConfig") -> "ObjectStore":
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+    except ImportError:
+        raise SettingsError(
+            "the package obstore, for an IMAGE_ROOT_DIR that is a URL", "none", url,
+            "pip install 'obstore>=0.11,<1'",
+        ) from None  # fmt: skip
+    try:
+        return from_url(url, client_options=_CLIENT, retry_config=retries)
+    except (BaseError, ValueError) as error:
+        kind = re.search(r"source: (\w+)", str(error))
+        raise SettingsError(
+            "a URL and variables that lead to a store",
+            kind[1] if kind else type(error).__name__, url,
+            f"see {terms.where} and {terms.credentials}",
+        ) from None  # fmt: skip
