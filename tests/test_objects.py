@@ -276,7 +276,7 @@ class Still(Photos):
 
 @pytest.mark.parametrize("memory", [1, 25, 100])
 def test_photos_wait_for_room(memory: int) -> None:
-    """No more are on their way or kept than fit, or one; all come, in whatever order."""
+    """No more are on their way or kept than fit, and the first; all come, in whatever order."""
     still = Still({str(n): 10 for n in range(40)} | {"gone": 0})
     ahead = Ahead(still, memory)
     for path in still.sizes:
@@ -287,7 +287,7 @@ def test_photos_wait_for_room(memory: int) -> None:
     with ThreadPoolExecutor(3) as pool:
         read = list(pool.map(lambda path: len(ahead.read(path)[0]), list(still.sizes)[:40]))
 
-    assert max(1, min(8, memory // 10)) == at_once
+    assert max(1, min(8, memory // 10)) <= at_once <= min(8, memory // 10 + 1)
     assert [10] * 40 == read
     assert "missing: no such file" == error_of(lambda: ahead.read("gone"))
     assert 41 == len(still.begun)
@@ -436,12 +436,18 @@ def test_a_bucket_that_is_not_there_is_no_missing_photo(store: Server) -> None:
     assert "found no such bucket (404 NoSuchBucket) (s3://nowhere/below/)" in error_of(photos.check)
 
 
+class Crowded(ThreadingHTTPServer):
+    """Python's own lets five wait for a connection, and a busy machine turns the others away."""
+
+    request_queue_size = 256
+
+
 def test_a_web_server_will_do(tmp_path: Path) -> None:
     """One that serves files: no list is asked for, and a date stands for an etag."""
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "a b.jpg").write_bytes(b"photo")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Crowded(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         photos = PhotoStore(f"{address}/below", LARGEST, patient=False)
