@@ -139,12 +139,15 @@ rule select:
         "logs/select.log",
     conda:
         "environment.yml"
+    resources:
+        shards=shards,
     params:
         settings=flow.flags("topk", "exclude_stock", "exclude_screenshots"),
         code=code("select"),
     shell:
         "python -m pipeline.select"
-        " --listings {input.listings:q} --images {input.images:q} --outputs {output.shards:q}"
+        " --listings {input.listings:q} --images {input.images:q}"
+        " --selected results/select --shards {resources.shards}"
         " --prune results/select results/encode"
         " {params.settings}"
         " --log {log:q}"

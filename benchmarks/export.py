@@ -70,8 +70,9 @@ def measured(args: argparse.Namespace, folder: Path, what: str) -> None:
     )  # fmt: skip
     params = {**material.IDENTITY, "force": False}
     listings, images = folder / "listings.parquet", folder / "images.parquet"
-    shards = [folder / f"{n}-of-4.parquet" for n in range(1, 5)]
-    flags = argparse.Namespace(listings=listings, images=images, outputs=shards, prune=[])
+    flags = argparse.Namespace(
+        listings=listings, images=images, selected=folder / "select", shards=4, prune=[]
+    )
     with measure.memory() as memory:
         export_s = measure.seconds(
             lambda: stage.export(material.environment(), chosen, params, listings, images)

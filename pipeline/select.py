@@ -6,14 +6,15 @@ exported listing has at least one selected image, and no shard of an earlier spl
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
@@ -22,21 +23,25 @@ from pipeline.stage.settings import Settings
 
 LISTING = ["generation", "listing_id", "edited_date"]
 BATCH_ROWS = 256_000
-BUFFERED_ROWS = 1_000_000  # over all shards, before a row group is written
+BUFFERED_ROWS = 1_000_000  # over all files, before a row group is written
+OPEN_FILES = 64  # written side by side; with their locks within macOS's 256 descriptors
+
+SPILLED = parquet.SELECTED.append(pa.field("shard", pa.uint32()))
 
 
 def main() -> None:
     parser = command.stage_parser(__doc__)
     parser.add_argument("--listings", type=Path, required=True, help="listings.parquet")
     parser.add_argument("--images", type=Path, required=True, help="images.parquet")
-    parser.add_argument("--outputs", type=Path, nargs="+", required=True, help="files to write")
+    parser.add_argument("--selected", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--shards", type=int, required=True, help="N-of-SHARDS.parquet, how many")
     parser.add_argument(
         "--prune", type=Path, nargs="*", default=[], help="folders to clear of other shards"
     )
     settings.add_flags(parser, "topk", "exclude_stock", "exclude_screenshots")
     args = parser.parse_args()
     selected = select(args, settings.from_flags(args))
-    log.info("%d images selected -> %s", selected, args.outputs[0].parent)
+    log.info("%d images selected -> %s", selected, args.selected)
 
 
 def select_images(
@@ -74,27 +79,12 @@ def shard_of(listing_id: pl.Expr, shards: int) -> pl.Expr:
 
 def select(args: argparse.Namespace, chosen: settings.Settings) -> int:
     """Write all shards in one pass over the candidates; returns the number of images."""
-    export = parquet.metadata(args.images)
-    made_by = {**export, "select": chosen.recipe}
-    listings = images = 0
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(parquet.writer(path, parquet.SELECTED, made_by))
-            for path in args.outputs
-        ]
-        shards = ShardWriter(writers)
-        for batch in parquet.clustered_batches(args.images, BATCH_ROWS):
-            frame = pl.DataFrame(batch)
-            selected = select_images(
-                frame, chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots
-            )
-            shards.write(selected)
-            listings += int(selected["rank"].eq(1).sum())
-            images += selected.height
-        shards.flush()
-        _check_listings(listings, args.listings)
+    made_by = {**parquet.metadata(args.images), "select": chosen.recipe}
+    shards = parquet.shards(args.selected, args.shards)
+    args.selected.mkdir(parents=True, exist_ok=True)
+    images = write(_selected(args, chosen), shards, made_by)
     for folder in args.prune:
-        _prune(folder, {path.name for path in args.outputs})
+        _prune(folder, {path.name for path in shards})
     return images
 
 
@@ -107,37 +97,81 @@ def why_not(candidate: Mapping[str, Any], fallback: bool, chosen: Settings) -> s
     return f"no: beyond topk {chosen.topk}"
 
 
-class ShardWriter:
-    """Spreads rows over the shards' writers, in row groups that do not shrink with their number."""
+def _selected(args: argparse.Namespace, chosen: settings.Settings) -> Iterator[pl.DataFrame]:
+    """The selected images in export order, with the `shard` of each (0-based).
 
-    def __init__(self, writers: list[pq.ParquetWriter]) -> None:
-        self.shards: list[tuple[pq.ParquetWriter, list[pl.DataFrame]]] = [(w, []) for w in writers]
-        self.buffered = 0
-
-    def write(self, selected: pl.DataFrame) -> None:
-        """Add rows, each to the shard of its listing."""
-        shard = shard_of(pl.col("listing_id"), len(self.shards)).alias("shard")
-        for (number,), rows in (
-            selected.with_columns(shard)
-            .partition_by("shard", as_dict=True, include_key=False)
-            .items()
-        ):
-            self.shards[int(number)][1].append(rows)
-        self.buffered += selected.height
-        if self.buffered >= BUFFERED_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is buffered."""
-        for writer, buffer in self.shards:
-            if buffer:
-                writer.write_table(_arrow(pl.concat(buffer)), row_group_size=parquet.ROW_GROUP)
-                buffer.clear()
-        self.buffered = 0
+    DataError at the end where a listing has none.
+    """
+    shard = shard_of(pl.col("listing_id"), args.shards).cast(pl.UInt32).alias("shard")
+    listings = 0
+    for batch in parquet.clustered_batches(args.images, BATCH_ROWS):
+        selected = select_images(
+            pl.DataFrame(batch), chosen.topk, chosen.exclude_stock, chosen.exclude_screenshots
+        )
+        listings += int(selected["rank"].eq(1).sum())
+        yield selected.with_columns(shard)
+    _check_listings(listings, args.listings)
 
 
-def _arrow(selected: pl.DataFrame) -> pa.Table:
-    return selected.to_arrow().cast(parquet.SELECTED)
+def write(selected: Iterable[pl.DataFrame], shards: Sequence[Path], made_by: dict[str, Any]) -> int:
+    """Write each row to the shard that its `shard` names, none if an error ends them; counts them.
+
+    Of more shards than OPEN_FILES, rows go to a temporary file first, those of OPEN_FILES shards
+    together. It has no name, and is gone with its process.
+    """
+    if len(shards) <= OPEN_FILES:
+        return _write_side_by_side(selected, shards, made_by)
+    written, batches = 0, defaultdict(list)
+    with TemporaryFile(dir=shards[0].parent) as file:
+        zstd = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(file, SPILLED, options=zstd) as spill:
+            for number, rows in _portions(selected, OPEN_FILES):
+                for batch in rows.cast(SPILLED).to_batches(max_chunksize=BATCH_ROWS):
+                    batches[number].append(spill.stats.num_record_batches)
+                    spill.write_batch(batch)
+        reader = pa.ipc.open_file(file)
+        for number, start in enumerate(range(0, len(shards), OPEN_FILES)):
+            those = (pl.DataFrame(reader.get_batch(i)) for i in batches[number])
+            from_0 = (rows.with_columns(pl.col("shard") - start) for rows in those)
+            written += _write_side_by_side(from_0, shards[start : start + OPEN_FILES], made_by)
+    return written
+
+
+def _write_side_by_side(
+    selected: Iterable[pl.DataFrame], shards: Sequence[Path], made_by: dict[str, Any]
+) -> int:
+    written = 0
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(parquet.writer(path, parquet.SELECTED, made_by)) for path in shards
+        ]
+        for number, rows in _portions(selected, 1):
+            table = rows.drop_columns("shard").cast(parquet.SELECTED)
+            writers[number].write_table(table, row_group_size=parquet.ROW_GROUP)
+            written += rows.num_rows
+    return written
+
+
+def _portions(selected: Iterable[pl.DataFrame], together: int) -> Iterator[tuple[int, pa.Table]]:
+    """The rows by shard, so many shards together, in portions that do not shrink with them."""
+    buffers: dict[int, list[pl.DataFrame]] = defaultdict(list)
+    buffered = 0
+    for rows in selected:
+        numbered = rows.with_columns(number=pl.col("shard") // together)
+        for (number,), some in numbered.partition_by(
+            "number", as_dict=True, include_key=False
+        ).items():
+            buffers[int(number)].append(some)
+        buffered += rows.height
+        if buffered >= BUFFERED_ROWS:
+            yield from _emptied(buffers)
+            buffered = 0
+    yield from _emptied(buffers)
+
+
+def _emptied(buffers: dict[int, list[pl.DataFrame]]) -> Iterator[tuple[int, pa.Table]]:
+    for number in sorted(buffers):
+        yield number, pl.concat(buffers.pop(number)).to_arrow()
 
 
 def _check_listings(found: int, listings: Path) -> None:

@@ -1,6 +1,9 @@
 """Top-K selection and sharding: literal candidates in, exact rows out."""
 
 import argparse
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REPOSITORY
 
 from pipeline import select as stage
-from pipeline.select import ShardWriter, select, select_images, shard_of
+from pipeline.select import select, select_images, shard_of
 from pipeline.stage import parquet
 from pipeline.stage.errors import DataError
 from pipeline.stage.settings import Settings
@@ -159,16 +163,16 @@ def write_export(folder: Path, rows: list[dict[str, Any]], listings: int) -> Non
 
 
 def run(folder: Path, shards: int, *prune: Path) -> list[Path]:
-    outputs = [folder / "select" / f"{n}-of-{shards}.parquet" for n in range(1, shards + 1)]
-    select(arguments(folder, outputs, *prune), Settings())
-    return outputs
+    select(arguments(folder, shards, *prune), Settings())
+    return parquet.shards(folder / "select", shards)
 
 
-def arguments(folder: Path, outputs: list[Path], *prune: Path) -> argparse.Namespace:
+def arguments(folder: Path, shards: int, *prune: Path) -> argparse.Namespace:
     return argparse.Namespace(
         listings=folder / "listings.parquet",
         images=folder / "images.parquet",
-        outputs=outputs,
+        selected=folder / "select",
+        shards=shards,
         prune=list(prune),
     )
 
@@ -222,8 +226,8 @@ def test_each_setting_reaches_the_shards(
     """topk and the exclusions decide what is written, and the number of it is the answer."""
     rows = [candidate(0, stock=True), candidate(1, screenshot=True), candidate(2), candidate(3)]
     write_export(tmp_path, rows, 1)
-    output = tmp_path / "1-of-1.parquet"
-    written = select(arguments(tmp_path, [output]), Settings(**settings))
+    output = tmp_path / "select" / "1-of-1.parquet"
+    written = select(arguments(tmp_path, 1), Settings(**settings))
 
     assert expected == pq.read_table(output)["image_index"].to_pylist()
     assert len(expected) == written
@@ -241,11 +245,12 @@ def test_images_of_many_batches_are_counted_once(
     """However many batches there are, each image is written and counted, in export order."""
     monkeypatch.setattr(stage, "BATCH_ROWS", 3)
     write_export(tmp_path, [candidate(i, listing=n) for n in range(7) for i in (0, 1)], 7)
-    output = tmp_path / "1-of-1.parquet"
-    written = select(arguments(tmp_path, [output]), Settings())
+    written = select(arguments(tmp_path, 1), Settings())
 
     assert 14 == written
-    assert [[(n, rank) for n in range(7) for rank in (1, 2)]] == rows_of([output])
+    assert [[(n, rank) for n in range(7) for rank in (1, 2)]] == rows_of(
+        [tmp_path / "select" / "1-of-1.parquet"]
+    )
 
 
 def test_rows_are_held_back_until_there_are_enough(
@@ -253,14 +258,48 @@ def test_rows_are_held_back_until_there_are_enough(
 ) -> None:
     """Seven batches of one row make row groups of three, and of one at the end."""
     monkeypatch.setattr(stage, "BUFFERED_ROWS", 3)
-    with parquet.writer(tmp_path / "rows", parquet.SELECTED, {}) as writer:
-        shards = ShardWriter([writer])
-        for listing in range(7):
-            shards.write(select_images(frame(candidate(0, listing=listing)), 1, True, True))
-        shards.flush()
+    rows = (select_images(frame(candidate(0, listing=n)), 1, True, True) for n in range(7))
+    in_one_shard = (row.with_columns(shard=pl.lit(0, pl.UInt32)) for row in rows)
+    written = stage.write(in_one_shard, [tmp_path / "rows"], {})
 
+    assert 7 == written
     assert [3, 3, 1] == row_groups(tmp_path / "rows")
     assert [[(n, 1) for n in range(7)]] == rows_of([tmp_path / "rows"])
+
+
+def test_the_number_of_open_files_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that take the way through a temporary file come out the same, and it leaves nothing."""
+    write_export(tmp_path, [candidate(i, listing=n) for n in range(99) for i in range(3)], 99)
+    directly = [path.read_bytes() for path in run(tmp_path, 7)]
+    monkeypatch.setattr(stage, "OPEN_FILES", 3)
+    parted = [path.read_bytes() for path in run(tmp_path, 7)]
+    monkeypatch.setattr(stage, "BATCH_ROWS", 2)
+    in_portions = run(tmp_path, 7)
+
+    assert directly == parted
+    assert directly == [path.read_bytes() for path in in_portions]
+    assert sorted(in_portions) == sorted((tmp_path / "select").iterdir())
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
+    """600 shards under the 256 descriptors of macOS: each listing in its shard, empty ones too."""
+    write_export(tmp_path, [candidate(0, listing=n) for n in range(2000)], 2000)
+    words = ["--listings", "listings.parquet", "--images", "images.parquet", "--selected", "select"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", sys.executable, "-m", "pipeline.select",
+         *words, "--shards", "600"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert 0 == done.returncode, done.stderr
+    ids = pl.DataFrame({"id": range(2000)}).with_columns(shard=shard_of(pl.col("id"), 600))
+    expected = [ids.filter(pl.col("shard") == n)["id"].to_list() for n in range(600)]
+
+    assert [[(n, 1) for n in of_shard] for of_shard in expected] == rows_of(
+        parquet.shards(tmp_path / "select", 600)
+    )
 
 
 def test_row_groups_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,8 +349,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: An
     output = tmp_path / "select" / "1-of-1.parquet"
     words = [
         "--listings", tmp_path / "listings.parquet", "--images", tmp_path / "images.parquet",
-        "--outputs", output, "--prune", tmp_path / "encode", "--topk", 2, "--exclude-stock", "no",
-        "--exclude-screenshots", "no",
+        "--selected", output.parent, "--shards", 1, "--prune", tmp_path / "encode",
+        "--topk", 2, "--exclude-stock", "no", "--exclude-screenshots", "no",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["select", *map(str, words)])
     with caplog.at_level("INFO", "pipeline"):
@@ -325,12 +364,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: An
     assert f"2 images selected -> {tmp_path}/select" == caplog.messages[-1]
 
 
-@pytest.mark.parametrize("flag", ["--listings", "--images", "--outputs"])
+@pytest.mark.parametrize("flag", ["--listings", "--images", "--selected", "--shards"])
 def test_the_command_needs_its_files(
     flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without one of them it names the flag, before anything is read or written."""
-    flags = {"--listings": "l", "--images": "i", "--outputs": "o"}
+    flags = {"--listings": "l", "--images": "i", "--selected": "s", "--shards": "1"}
     words = [word for name, value in flags.items() if name != flag for word in (name, value)]
     monkeypatch.setattr("sys.argv", ["select", *words])
     with pytest.raises(SystemExit) as ended:

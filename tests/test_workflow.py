@@ -487,6 +487,15 @@ def test_an_edited_listing_is_embedded_again(finished: Workspace) -> None:
     assert {"inserted": 1, "updated": 0, "unchanged": 0, "waiting": 1} == receipt(finished)
 
 
+def test_thousands_of_shards(fresh: Workspace) -> None:
+    """More than a process may open, and more names than a command line may hold: 128 KiB."""
+    words = fresh.command("selected", "--set-scatter", "encode=4000")
+    run = fresh.execute(["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", *words], {})
+
+    assert (0, ["export", "select"]) == (run.code, run.rules), run.output[-2000:]
+    assert 4000 == len(list(fresh.results.glob("select/*-of-4000.parquet")))
+
+
 @pytest.mark.parametrize("stage", ["export", "select", "encode", "aggregate", "load"])
 def test_a_stage_that_was_killed_is_run_again(finished: Workspace, stage: str) -> None:
     """Alone, amid a run, as for want of memory: the next run takes up there, and misses nothing.

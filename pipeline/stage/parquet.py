@@ -4,7 +4,7 @@ Every file carries one JSON document under the key `listing_vectors` that says w
 the database, settings and encoder made it.
 """
 
-import glob
+import functools
 import json
 import os
 import time
@@ -110,6 +110,11 @@ def dimension(schema: pa.Schema) -> int:
     return int(schema.field("vec").type.list_size)
 
 
+def shards(folder: Path, number: int) -> list[Path]:
+    """The files of a split in their order: 1-of-N.parquet to N-of-N.parquet."""
+    return [folder / f"{n}-of-{number}.parquet" for n in range(1, number + 1)]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends without an error.
@@ -120,7 +125,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{machine()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        left = _temporaries(path.parent.absolute())
+        _remove_abandoned(other for other in left if other.name.startswith(f".{path.name}."))
         with lifetime.unfinished(temporary), _held(temporary) as descriptor:
             try:
                 yield temporary
@@ -150,13 +156,25 @@ def _held(temporary: Path) -> Iterator[int]:
             os.close(descriptor)
 
 
+@functools.cache
+def _temporaries(folder: Path) -> list[Path]:
+    """The temporary files that this process met in a folder: to list it for each file that is
+    written there takes a time that grows with the square of their number.
+    """
+    return sorted(folder.glob(".*.tmp"))
+
+
 def remove_abandoned(folder: Path, pattern: str) -> None:
     """Remove the temporary files whose writers are gone; safe beside running writers.
 
     A writer on this machine holds its file's lock. One on another machine may hold a lock that is
     not seen here, as may any where the file system has no locks: there, age decides.
     """
-    for path in folder.glob(pattern):
+    _remove_abandoned(folder.glob(pattern))
+
+
+def _remove_abandoned(paths: Iterable[Path]) -> None:
+    for path in paths:
         with suppress(OSError), open(path, "r+b") as file:
             locked = try_lock(file.fileno())
             ours = locked and path.name.split(".")[-3] == machine()
