@@ -19,7 +19,7 @@ from pipeline.stage.settings import PHOTO_LIMITS, Identity
 from pipeline.workflow.code import code
 from pipeline.workflow.hooks import Hooks
 from pipeline.workflow.lock import lock_folder
-from pipeline.workflow.machine import memory_request, share
+from pipeline.workflow.machine import AGGREGATE_THREADS, memory_request, share
 from pipeline.workflow.plan import Workflow, config_file, run_this_checkout
 
 min_version("9.11")
@@ -206,7 +206,9 @@ rule aggregate:
         "logs/aggregate.log",
     conda:
         "environment.yml"
+    threads: AGGREGATE_THREADS
     resources:
+        shards=shards,
         mem_mb=memory_request(settings.memory_mb),
         memory_mb=settings.memory_mb,
         max_failed_fraction=str(settings.max_failed_fraction),
@@ -215,12 +217,12 @@ rule aggregate:
         code=code("aggregate"),
     shell:
         "python -m pipeline.aggregate"
-        " --encoded {input.encoded:q} --images {input.images:q}"
+        " --encoded results/encode --shards {resources.shards} --images {input.images:q}"
         " --output {output.vectors:q} --without-vector {output.without_vector:q}"
         " --failures {output.failures:q}"
         " {params.settings}"
         " --memory-mb {resources.memory_mb} --max-failed-fraction {resources.max_failed_fraction}"
-        " --log {log:q}"
+        " --threads {threads} --log {log:q}"
 
 
 rule load:

@@ -16,7 +16,7 @@ def main() -> None:
         flags = argparse.Namespace(
             encoded=[encoded], images=folder / "images.parquet",
             output=folder / "vectors.parquet", failures=folder / "failures.json",
-            without_vector=folder / "without_vector.parquet",
+            without_vector=folder / "without_vector.parquet", threads=args.threads,
         )  # fmt: skip
         with measure.memory() as memory:
             best = measure.fastest(

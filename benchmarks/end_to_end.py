@@ -108,6 +108,7 @@ class Ours:
                 failures=failures,
                 without_vector=without_vector,
                 images=images,
+                threads=self.job.threads,
             ),
             chosen,
         )

@@ -1,23 +1,28 @@
-"""Aggregate the image vectors of each listing into one unit vector, in DuckDB.
+"""Aggregate the image vectors of each listing into one unit vector.
 
 Reads: the encode shards, and images.parquet of the export for the listings without a vector.
 Writes: listing_vectors.parquet, one row per listing with at least one image vector;
 without_vector.parquet, the other listings with the files that were tried; failures.json, the
 failed images by reason. Guarantees: vec = l2_normalize(mean of the listing's unit image vectors),
-to 1e-6 of unit length; listings in = vectors + listings without; memory does not grow with the
-shards. Where not one photo is there, nothing is written, and the shards are removed: encode is to
-look again.
+to 1e-6 of unit length; the same bytes on any number of threads; listings in = vectors + listings
+without; memory does not grow with the shards. Where not one photo is there, nothing is written,
+and the shards are removed: encode is to look again.
 """
 
 import argparse
 import math
-from collections import Counter
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.database.waiting import CANDIDATES_SQL
@@ -27,21 +32,23 @@ from pipeline.stage.command import log
 from pipeline.stage.errors import DataError, WrongImageRoot
 from pipeline.stage.settings import Identity
 
-BATCH_ROWS = 16_384
+BATCH_ROWS = 8_192  # 17 MB of 512-d vectors, and six times as much while they are worked on
 SMALLEST_MEAN = 1e-6  # a shorter mean has no direction: its images cancel out
 
-LISTING = "generation, listing_id, edited_date"
+LISTING = ", ".join(parquet.LISTINGS.names)
 
 
 def main() -> None:
     parser = command.stage_parser(__doc__)
-    parser.add_argument("--encoded", type=Path, nargs="+", required=True, help="encode shards")
+    parser.add_argument("--encoded", type=Path, required=True, help="folder of the encode shards")
+    parser.add_argument("--shards", type=int, required=True, help="N-of-SHARDS.parquet, how many")
     parser.add_argument("--images", type=Path, required=True, help="images.parquet of the export")
     parser.add_argument("--output", type=Path, required=True, help="listing_vectors.parquet")
     parser.add_argument(
         "--without-vector", type=Path, required=True, help="without_vector.parquet to write"
     )
     parser.add_argument("--failures", type=Path, required=True, help="failures.json to write")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU cores to use")
     settings.add_flags(parser, *Identity._fields, "memory_mb", "max_failed_fraction")
     args = parser.parse_args()
     chosen = settings.from_flags(args)
@@ -49,6 +56,7 @@ def main() -> None:
         parser.error("--source must name the recipe")
     if not chosen.model_rev:
         parser.error("--model-rev must name the encoder")
+    args.encoded = parquet.shards(args.encoded, args.shards)
     report = aggregate(args, chosen)
     log.info(
         "%d listings from %d images, %d failed -> %s",
@@ -72,41 +80,90 @@ class Report:
         return sum(self.reasons.values())
 
 
-def mean_sql(dim: int) -> str:
-    """The SQL of the listing vectors over a relation `encoded` with vectors of that dimension.
+class Batch(NamedTuple):
+    """What became of some listings of a shard."""
 
-    Sums are in double precision; `length` is that of the mean before it is normalised. One
-    aggregate per element is six times as fast as unnesting the vectors.
+    listings: int
+    images: int
+    vectors: pa.Table  # parquet.listing_vectors
+    without: pa.Table  # the others, with the files that were tried
+    cancelled: pa.Table  # of those, who has image vectors, but without a direction together
+    errors: list[str]
+
+
+def means(vectors: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The mean of each listing's vectors: float32 (images, dim) in, float64 (listings, dim) out.
+
+    A listing's images follow each other, from its row in `starts` on. They are added one by one in
+    double precision, for all listings at a time: twenty times as fast as avg() of each element in
+    DuckDB, and the same bits whatever the batch.
     """
-    means = ", ".join(f"avg(vec[{i}])" for i in range(1, dim + 1))
-    identity = ", ".join(f"${name} AS {name}" for name in Identity._fields)
-    return f"""
-        WITH means AS (
-            SELECT {LISTING}, count(vec)::INTEGER AS n_images, [{means}] AS mean
-            FROM encoded GROUP BY ALL HAVING count(vec) > 0),
-        lengths AS (SELECT *, sqrt(list_inner_product(mean, mean)) AS length FROM means)
-        SELECT {LISTING}, {identity},
-               list_transform(mean, lambda x: x / length)::FLOAT[{dim}] AS vec, n_images, length
-        FROM lengths ORDER BY edited_date DESC, listing_id, generation"""
+    images = np.diff(starts, append=len(vectors))
+    sums = vectors[starts].astype(np.float64)
+    for k in range(1, images.max(initial=0)):
+        more = np.flatnonzero(images > k)
+        sums[more] += vectors[starts[more] + k]
+    mean: np.ndarray = np.divide(sums, images[:, np.newaxis], out=sums)
+    return mean
 
 
-FAILED_SQL = """
-    SELECT split_part(error, ':', 1), count(*) FROM encoded WHERE error IS NOT NULL GROUP BY ALL"""
+def batch_of(encoded: pa.Table, identity: Identity) -> Batch:
+    """What becomes of whole listings: they keep their order, which is the export's."""
+    has_vec = encoded["vec"].is_valid()
+    with_vec = encoded.filter(has_vec) if encoded["vec"].null_count else encoded
+    vectors, cancelled = _vectors(with_vec, identity)
+    starts = parquet.listing_starts(encoded)
+    images = np.diff(starts, append=encoded.num_rows)
+    has_one = np.logical_or.reduceat(has_vec.to_numpy(), starts)
+    return Batch(
+        listings=len(starts),
+        images=encoded.num_rows,
+        vectors=vectors,
+        without=_without(encoded.filter(pa.array(np.repeat(~has_one, images)))),
+        cancelled=cancelled,
+        errors=encoded["error"].drop_null().to_pylist(),
+    )
 
-NOT_THERE_SQL = f"""
-    SELECT count(*) FROM encoded
-    WHERE {" OR ".join(f"starts_with(error, '{start}')" for start in NOT_THERE)}"""
 
-WITHOUT_SQL = f"""
-    SELECT {LISTING}, list({{'storage_path': storage_path, 'size': size, 'mtime_ns': mtime_ns,
-        'error': error}} ORDER BY rank) AS files
-    FROM encoded GROUP BY ALL HAVING count(vec) = 0"""
+def _vectors(encoded: pa.Table, identity: Identity) -> tuple[pa.Table, pa.Table]:
+    """The vectors of listings, and the listings whose images' vectors have no direction."""
+    dim = parquet.dimension(encoded.schema)
+    vectors = encoded["vec"].combine_chunks().flatten().to_numpy().reshape(-1, dim)
+    starts = parquet.listing_starts(encoded)
+    with np.errstate(all="ignore"):  # of vectors that are not finite
+        mean = means(vectors, starts)
+        length = np.sqrt(np.einsum("ij,ij->i", mean, mean))
+        mean /= length[:, np.newaxis]
+    listings = encoded.select(parquet.LISTINGS.names).take(starts)
+    columns = {
+        **{name: listings[name] for name in listings.column_names},
+        **{name: pa.repeat(value, len(starts)) for name, value in identity._asdict().items()},
+        "vec": pa.FixedSizeListArray.from_arrays(pa.array(mean.astype(np.float32).ravel()), dim),
+        "n_images": np.diff(starts, append=len(vectors)).astype(np.int32),
+    }
+    made = pa.table(columns, schema=parquet.listing_vectors(dim))
+    sound = pa.array((length > SMALLEST_MEAN) & (length < math.inf))
+    return made.filter(sound), listings.filter(pc.invert(sound))
+
+
+def _without(encoded: pa.Table) -> pa.Table:
+    """A row for each of these listings, with its files by rank."""
+    starts = parquet.listing_starts(encoded)
+    columns = {name: encoded[name].take(starts) for name in parquet.LISTINGS.names}
+    files = parquet.WITHOUT_VECTOR.field("files").type.value_type
+    tried = pa.StructArray.from_arrays(
+        [encoded[field.name].combine_chunks() for field in files], fields=list(files)
+    )
+    offsets = np.append(starts, encoded.num_rows).astype(np.int32)
+    return pa.table({**columns, "files": pa.ListArray.from_arrays(offsets, tried)})
+
 
 WITH_CANDIDATES_SQL = f"""
     WITH tried AS (
         SELECT {LISTING}, {CANDIDATES_SQL} AS candidates
-        FROM images SEMI JOIN without USING ({LISTING}) GROUP BY ALL)
-    SELECT {", ".join(parquet.WITHOUT_VECTOR.names)} FROM without JOIN tried USING ({LISTING})
+        FROM candidates SEMI JOIN without USING ({LISTING}) GROUP BY ALL)
+    SELECT {LISTING}, candidates, coalesce(files, []) AS files
+    FROM without JOIN tried USING ({LISTING})
     ORDER BY edited_date DESC, listing_id, generation"""
 
 
@@ -114,18 +171,16 @@ def aggregate(args: argparse.Namespace, chosen: settings.Settings) -> Report:
     """Write the three files; returns the report."""
     dim, made_by = _encoder_of(args.encoded)
     witnesses = made_by.pop("witnesses_there")
-    schema = parquet.listing_vectors(dim)
-    identity = chosen.identity._asdict()
-    made_by["aggregate"] = identity
+    made_by["aggregate"] = chosen.identity._asdict()
     report = Report()
-    # One thread: sums in one order, so that the same input gives the same bytes.
     with duckdb.connect(config={"memory_limit": f"{chosen.memory_mb}MB", "threads": 1}) as con:
         con.execute("SET TimeZone = 'UTC'")  # else dates come back in this machine's zone
-        con.from_arrow(_listings_without()).create("without")
-        with parquet.writer(args.output, schema, made_by) as writer:
-            for path in args.encoded:
-                for encoded in parquet.clustered_batches(path, BATCH_ROWS):
-                    _aggregate_batch(con, encoded, identity, writer, report)
+        no_rows = parquet.WITHOUT_VECTOR.empty_table().drop_columns("candidates")
+        con.from_arrow(no_rows).create("without")  # it spills what is too much for memory
+        with parquet.writer(args.output, parquet.listing_vectors(dim), made_by) as writer:
+            for batch in _batches(args.encoded, chosen.identity, args.threads):
+                writer.write_table(batch.vectors, row_group_size=parquet.VECTOR_ROW_GROUP)
+                _count(con, batch, report)
             if not witnesses:
                 _check_any_photo(report, args.encoded, chosen.max_failed_fraction)
         _write_without(con, args, made_by, report)
@@ -179,41 +234,49 @@ def _encoder_of(paths: list[Path]) -> tuple[int, dict[str, Any]]:
     return parquet.dimension(pq.read_schema(paths[0])), made_by
 
 
-def _aggregate_batch(
-    con: duckdb.DuckDBPyConnection,
-    encoded: pa.Table,
-    identity: dict[str, str],
-    writer: pq.ParquetWriter,
-    report: Report,
-) -> None:
-    con.register("encoded", encoded)
-    dim = parquet.dimension(encoded.schema)
-    means = con.sql(mean_sql(dim), params=identity).to_arrow_table()
-    sound = [SMALLEST_MEAN < length < math.inf for length in means["length"].to_pylist()]
-    vectors = means.filter(pa.array(sound, pa.bool_())).drop_columns(["length"])
-    writer.write_table(
-        vectors.cast(parquet.listing_vectors(dim)), row_group_size=parquet.VECTOR_ROW_GROUP
-    )
-    report.vectors += vectors.num_rows
-    report.images += encoded.num_rows
-    report.reasons.update(dict(con.execute(FAILED_SQL).fetchall()))
-    report.not_there += con.execute(NOT_THERE_SQL).fetchall()[0][0]
-    con.execute(f"INSERT INTO without BY NAME {WITHOUT_SQL}")
-    cancelled = means.filter(pa.array([not s for s in sound], pa.bool_()))
-    for listing in cancelled["listing_id"].to_pylist():
+def _batches(encoded: Iterable[Path], identity: Identity, threads: int) -> Iterator[Batch]:
+    """All batches in the order of the shards; so many threads work at those that come next."""
+    coming: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for file, rows in _parts(encoded):
+            coming.append(pool.submit(_batch, file, rows, identity))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _parts(encoded: Iterable[Path]) -> Iterator[tuple[tuple[Path, pq.FileMetaData], range]]:
+    """The rows of each batch, found by the keys alone: batches can be read side by side."""
+    for path in encoded:
+        footer, start = pq.read_metadata(path), 0
+        for keys in parquet.clustered_batches(path, BATCH_ROWS, parquet.LISTINGS.names):
+            rows = range(start, start + keys.num_rows)
+            yield (path, footer), rows
+            start = rows.stop
+
+
+def _batch(file: tuple[Path, pq.FileMetaData], rows: range, identity: Identity) -> Batch:
+    path, footer = file
+    with pq.ParquetFile(path, metadata=footer, pre_buffer=False) as shard:
+        return batch_of(parquet.read_rows(shard, rows), identity)
+
+
+def _count(con: duckdb.DuckDBPyConnection, batch: Batch, report: Report) -> None:
+    """Add what a batch held to the report, and who has no vector to `without`."""
+    report.listings += batch.listings
+    report.images += batch.images
+    report.vectors += batch.vectors.num_rows
+    report.reasons.update(error.partition(":")[0] for error in batch.errors)
+    report.not_there += sum(error.startswith(NOT_THERE) for error in batch.errors)
+    for listing in batch.cancelled["listing_id"].to_pylist():
         log.warning(
             "listing %d has no vector: its image vectors cancel out or are not finite", listing
         )
-    con.register("cancelled", cancelled)
-    con.execute(f"INSERT INTO without BY NAME SELECT {LISTING}, [] AS files FROM cancelled")
-    report.listings += con.execute(
-        f"SELECT count(*) FROM (SELECT DISTINCT {LISTING} FROM encoded)"
-    ).fetchall()[0][0]
-
-
-def _listings_without() -> pa.Table:
-    """No rows yet; DuckDB spills what becomes too many for memory."""
-    return parquet.WITHOUT_VECTOR.empty_table().drop_columns("candidates")
+    for rows in (batch.without, batch.cancelled):
+        if rows.num_rows:
+            con.register("rows", rows)
+            con.execute("INSERT INTO without BY NAME FROM rows")
 
 
 def _write_without(
@@ -229,8 +292,8 @@ def _write_without(
     with parquet.writer(args.without_vector, parquet.WITHOUT_VECTOR, made_by) as writer:
         if not con.execute("SELECT count(*) FROM without").fetchall()[0][0]:
             return
-        for images in parquet.clustered_batches(args.images):
-            con.register("images", images)
+        for candidates in parquet.clustered_batches(args.images):
+            con.register("candidates", candidates)
             rows = con.sql(WITH_CANDIDATES_SQL).to_arrow_table()
             writer.write_table(rows.cast(parquet.WITHOUT_VECTOR))
             report.without += rows.num_rows

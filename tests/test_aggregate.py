@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -48,14 +49,19 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def shard(self, *rows: dict[str, Any], dim: int = 2, made_by: Any = None) -> None:
+    def shard(
+        self, *rows: dict[str, Any], dim: int = 2, made_by: Any = None, row_group: int = 1000
+    ) -> None:
         number = len(list(self.folder.glob("shard*")))
         with parquet.writer(
             self.folder / f"shard{number}.parquet", parquet.encoded(dim), made_by or MADE_BY
         ) as writer:
-            writer.write_table(pa.Table.from_pylist(list(rows), parquet.encoded(dim)))
+            table = pa.Table.from_pylist(list(rows), parquet.encoded(dim))
+            writer.write_table(table, row_group_size=row_group)
 
-    def run(self, **settings: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def run(
+        self, *, threads: int = 2, **settings: Any
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of listing_vectors.parquet, and failures.json with those of without_vector."""
         shards = sorted(self.folder.glob("shard*"))
         columns = set(parquet.CANDIDATES.names)
@@ -70,6 +76,7 @@ class Stage:
             output=self.folder / "vectors.parquet",
             failures=self.folder / "failures.json",
             without_vector=self.folder / "without_vector.parquet",
+            threads=threads,
         )
         stage.aggregate(args, Settings(**{**IDENTITY, **settings}))
         failures = json.loads(args.failures.read_text())
@@ -243,6 +250,33 @@ def test_many_batches_give_the_same_rows(job: Stage, monkeypatch: Any) -> None:
     assert first == second
 
 
+def test_the_number_of_threads_changes_nothing(job: Stage, monkeypatch: Any) -> None:
+    """Shards of many batches, whose listings cross the row groups, give the same bytes."""
+    draw = np.random.default_rng(0)
+    for shard in range(3):
+        rows = [
+            image(
+                n,
+                k,
+                draw.normal(size=2).tolist() if (n + k) % 5 else None,
+                None if (n + k) % 5 else GONE,
+            )
+            for n in range(40 * shard, 40 * shard + 40)
+            for k in range(1, 2 + n % 4)
+        ]
+        job.shard(*rows, row_group=3)
+    monkeypatch.setattr(stage, "BATCH_ROWS", 7)
+    written = {}
+    for threads in (1, 2, 5):
+        vectors, failures = job.run(threads=threads)
+        names = ("vectors.parquet", "without_vector.parquet", "failures.json")
+        written[threads] = [(job.folder / name).read_bytes() for name in names]
+
+    assert 120 == len(vectors) + len(failures["listings_without_vector"])
+    assert [row["listing_id"] for row in vectors] == sorted(row["listing_id"] for row in vectors)
+    assert written[1] == written[2] == written[5]
+
+
 def test_row_groups_have_a_limit(job: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The vectors are written in row groups that a reader can take one by one."""
     monkeypatch.setattr(parquet, "VECTOR_ROW_GROUP", 3)
@@ -324,10 +358,11 @@ def test_the_command(
     """Each flag has its effect, and the last line says what became of how many images."""
     job.shard(image(1, 1, [1.0, 0.0]), image(1, 2, None, GONE), image(2, 1, None, GONE))
     job.run()
+    (job.folder / "shard0.parquet").rename(job.folder / "1-of-1.parquet")
     written = {name: job.folder / "again" / name for name in ("vectors", "without", "failures")}
     key = [f"--{name.replace('_', '-')}={value}" for name, value in IDENTITY.items()]
     words = [
-        "--encoded", job.folder / "shard0.parquet", "--images", job.folder / "images.parquet",
+        "--encoded", job.folder, "--shards", 1, "--images", job.folder / "images.parquet",
         "--output", written["vectors"], "--without-vector", written["without"],
         "--failures", written["failures"], *key,
     ]  # fmt: skip
@@ -345,16 +380,16 @@ def test_the_command(
 
 
 @pytest.mark.parametrize(
-    "flag", ["--encoded", "--images", "--output", "--without-vector", "--failures", "--source",
-             "--model-rev"],
+    "flag", ["--encoded", "--shards", "--images", "--output", "--without-vector", "--failures",
+             "--source", "--model-rev"],
 )  # fmt: skip
 def test_the_command_needs_its_files_and_the_key(
     flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without one of them it names the flag, before anything is read or written."""
     flags = {
-        "--encoded": "e", "--images": "i", "--output": "o", "--without-vector": "w",
-        "--failures": "f", "--source": "s", "--model-rev": "m",
+        "--encoded": "e", "--shards": "1", "--images": "i", "--output": "o",
+        "--without-vector": "w", "--failures": "f", "--source": "s", "--model-rev": "m",
     }  # fmt: skip
     words = [word for name, value in flags.items() if name != flag for word in (name, value)]
     monkeypatch.setattr("sys.argv", ["aggregate", *words])

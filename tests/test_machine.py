@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Workspace
+from conftest import REPOSITORY, Run, Workspace
 
 from pipeline.encoder import claim as claims
 from pipeline.encoder.claim import claim
@@ -50,7 +50,7 @@ def test_as_many_encodes_as_gpus_each_on_its_own(workspace: Workspace, words: li
     assert [f"cuda:{n}" for n in range(4)] == sorted(
         path.name for path in (workspace.folder / "devices").iterdir()
     )
-    assert {"2"} == set(re.findall(r"threads: (\d+)", run.output))
+    assert {"2"} == threads_of_encode(run)
     assert 8 == len(workspace.database.vectors())
 
 
@@ -71,7 +71,12 @@ def test_on_a_processor_an_encode_uses_all_cores(
     workspace.database.add_listing(1, ["1.jpg"])
     run = workspace.run("-n", *words, config={"shards": 4, "device": "cpu"})
 
-    assert {threads} == set(re.findall(r"threads: (\d+)", run.output))
+    assert {threads} == threads_of_encode(run)
+
+
+def threads_of_encode(run: Run) -> set[str]:
+    """What the jobs of the rule encode are given."""
+    return set(re.findall(r"rule encode:\n(?:    .*\n)*?    threads: (\d+)", run.output))
 
 
 def test_gpus_are_claimed_until_their_process_ends(

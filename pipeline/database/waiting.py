@@ -183,18 +183,9 @@ def window(rows: int, now: float) -> list[range]:
 
 def _rows(file: pq.ParquetFile, blocks: list[range], columns: list[str]) -> pa.Table:
     """These rows; of the file only the row groups that hold them are read."""
-    ends = np.cumsum([0, *(_group_rows(file, i) for i in range(file.num_row_groups))])
     tables = [file.schema_arrow.empty_table().select(columns)]
-    for block in blocks:
-        first, last = np.searchsorted(ends, [block.start, block.stop - 1], side="right") - 1
-        if len(block):
-            read = file.read_row_groups(list(range(first, last + 1)), columns)
-            tables.append(read.slice(block.start - ends[first], len(block)))
+    tables += [parquet.read_rows(file, block, columns) for block in blocks if block]
     return pa.concat_tables(tables)
-
-
-def _group_rows(file: pq.ParquetFile, group: int) -> int:
-    return int(file.metadata.row_group(group).num_rows)
 
 
 def remember(without_vector: Path, tried: Path, chosen: Settings, identity: Identity) -> int:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.stage import lifetime
@@ -225,14 +225,28 @@ def batches(path: Path, rows: int, columns: list[str] | None = None) -> Iterator
         yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)
 
 
-def clustered_batches(path: Path, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
+def read_rows(file: pq.ParquetFile, rows: range, columns: list[str] | None = None) -> pa.Table:
+    """These rows, by the caller's thread; of the file only the row groups that hold them are read.
+
+    `rows` names one at least.
+    """
+    footer = file.metadata
+    ends = np.cumsum([0, *(footer.row_group(i).num_rows for i in range(footer.num_row_groups))])
+    first, last = np.searchsorted(ends, [rows.start, rows.stop - 1], side="right") - 1
+    read = file.read_row_groups(list(range(first, last + 1)), columns, use_threads=False)
+    return read.slice(rows.start - ends[first], len(rows))
+
+
+def clustered_batches(
+    path: Path, rows: int = ROW_GROUP, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
     """Tables of about `rows` rows in file order that never split a listing.
 
     The file must keep the rows of one (generation, listing_id, edited_date) together, as all
-    files of this pipeline do. Memory does not grow with the file.
+    files of this pipeline do; `columns` must have those. Memory does not grow with the file.
     """
     carry: list[pa.Table] = []
-    for batch in batches(path, rows):
+    for batch in batches(path, rows, columns):
         table = pa.Table.from_batches([batch])
         start = last_listing_start(table)
         if start == 0:
@@ -244,16 +258,18 @@ def clustered_batches(path: Path, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
         yield pa.concat_tables(carry)
 
 
+def listing_starts(table: pa.Table) -> np.ndarray:
+    """The rows at which the listings of a clustered table begin."""
+    differs = np.zeros(max(0, table.num_rows - 1), bool)
+    for name in LISTINGS.names:
+        values = table[name].to_numpy()
+        differs |= values[1:] != values[:-1]
+    return np.flatnonzero(np.concatenate([np.ones(min(1, table.num_rows), bool), differs]))
+
+
 def last_listing_start(table: pa.Table) -> int:
     """The row at which the last listing of a clustered table begins; 0 in an empty one."""
-    if table.num_rows == 0:
-        return 0
-    same = None
-    for name in ("generation", "listing_id", "edited_date"):
-        equal = pc.equal(table[name], table[name][-1])
-        same = equal if same is None else pc.and_(same, equal)
-    differing = pc.indices_nonzero(pc.invert(pc.fill_null(same, False)))
-    return int(differing[-1].as_py()) + 1 if len(differing) else 0
+    return int(listing_starts(table)[-1]) if table.num_rows else 0
 
 
 def rows(paths: Iterable[Path]) -> int:

@@ -9,6 +9,7 @@ from pipeline.stage.settings import Settings
 
 GPU_JOB_THREADS = 4  # cores of an encode that shares a GPU: Python's lock lets it feed few more
 NODE_THREADS = 8  # cores of a job on a node, unless the profile's set-threads says otherwise
+AGGREGATE_THREADS = 8  # at most: what one writes, about as many can read
 PYTHON_MB = 1024  # a stage without its data
 
 
