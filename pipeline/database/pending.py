@@ -15,7 +15,7 @@ from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import bind, fetch, quoted, set_lock_timeout
-from pipeline.database.key import OF_KEY, rest_sql
+from pipeline.database.key import HALF_OF_KEY, OF_KEY, rest_sql
 from pipeline.database.settled import NOT_SETTLED, settle
 from pipeline.database.waiting import CANDIDATES_SQL, NOBODY, LeftOut
 from pipeline.stage.settings import Environment, Settings
@@ -62,7 +62,7 @@ _ELIGIBLE = f"""
 _NOT_DONE = f"""
     AND NOT EXISTS (SELECT FROM {{vectors}} v
         WHERE v.listing_id = l.listing_id AND v.edited_date = l.edited_date::timestamptz
-          AND {OF_KEY})
+          AND {HALF_OF_KEY})
     {{not_settled}}"""
 
 # Microseconds since 1970, exact; a double, which to_timestamp() takes, would not be.
