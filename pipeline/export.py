@@ -57,7 +57,6 @@ def export(
     with connect(read_only=True, repeatable=True) as connection:
         with connection.cursor() as cursor:
             check_inputs(cursor, environment)
-            fetch(cursor, "SELECT set_config('work_mem', '256MB', true)")
             files = waiting.Files(chosen, environment.image_root)
             left_out = waiting.left_out(files, chosen, chosen.identity)
             pending = prepare(cursor, environment, chosen, left_out)

@@ -27,6 +27,7 @@ from pipeline.database.connection import (
     quoted,
     retrying,
     set_lock_timeout,
+    sort_in_memory,
     translated_errors,
 )
 from pipeline.database.key import KEY, rest_sql
@@ -109,6 +110,7 @@ def _load_once(
     with connect() as connection:
         with connection.cursor() as cursor:
             set_lock_timeout(cursor, chosen.lock_timeout_s)
+            sort_in_memory(cursor)
             target.check(cursor, environment, dim)
             if parquet.rows([args.vectors]):
                 replaced = _claim_key(cursor, environment, identity, made_by, force)

@@ -235,6 +235,14 @@ def set_lock_timeout(cursor: Cursor, seconds: int) -> None:
     fetch(cursor, "SELECT set_config('lock_timeout', $1, true)", (f"{seconds}s",))
 
 
+def sort_in_memory(cursor: Cursor) -> None:
+    """Give each sort and hash of this transaction 256 MB of the server's memory instead of 4.
+
+    With 4, what a million pending listings cost to sort grows faster than their number.
+    """
+    fetch(cursor, "SELECT set_config('work_mem', '256MB', true)")
+
+
 def quoted(name: tuple[str, str]) -> str:
     """A schema-qualified, quoted identifier. Settings admits only [A-Za-z0-9_] in its parts."""
     return ".".join(f'"{part}"' for part in name)

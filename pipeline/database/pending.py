@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database.catalog import has_table
-from pipeline.database.connection import bind, fetch, quoted, set_lock_timeout
+from pipeline.database.connection import bind, fetch, quoted, set_lock_timeout, sort_in_memory
 from pipeline.database.key import HALF_OF_KEY, OF_KEY, rest_sql
 from pipeline.database.settled import NOT_SETTLED, settle
 from pipeline.database.waiting import CANDIDATES_SQL, NOBODY, LeftOut
@@ -271,6 +271,7 @@ def prepare(
         },
     )
     set_lock_timeout(cursor, chosen.lock_timeout_s)
+    sort_in_memory(cursor)
     names = table_names(environment)
     names["not_settled"] = ""
     by_reason = Counter[str]()
