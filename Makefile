@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
 
-.PHONY: setup demo demo-stop test test-slurm test-browser lint-image gpu-check mutants lint benchmarks rulegraph lock clean
+.PHONY: setup demo demo-stop test test-slurm test-browser lint lint-image gpu-check mutants \
+	benchmarks simulate rulegraph lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -66,6 +67,10 @@ lint-image: setup
 
 benchmarks: setup
 	$(BIN)/python -m benchmarks $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+# The job without photos, at growing sizes (MILLIONS='0.1 1'; else as many as half of the disk takes).
+simulate: setup
+	$(BIN)/python -m benchmarks.simulate $(if $(MILLIONS),--millions $(MILLIONS))
 
 # The picture of the rules in the README.
 rulegraph: setup

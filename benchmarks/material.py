@@ -131,11 +131,11 @@ def vit(folder: Path) -> str:
     return f"local-dir:{encoder.random_encoder(folder / 'vit-b-32', model_name='ViT-B-32')}"
 
 
-def tiny(folder: Path) -> str:
+def tiny(folder: Path, dim: int = 512) -> str:
     """The model_name of an encoder that takes no time."""
     from demo import encoder  # imports torch, which only some benchmarks need
 
-    return f"local-dir:{encoder.random_encoder(folder / 'tiny')}"
+    return f"local-dir:{encoder.random_encoder(folder / f'tiny-{dim}', embed_dim=dim)}"
 
 
 def trained(folder: Path) -> str:
@@ -240,19 +240,19 @@ def _days(listing: np.ndarray) -> pa.Array:
 
 
 @contextmanager
-def database(folder: Path) -> Iterator[str]:
+def database(folder: Path, dim: int = 512, *, durable: bool = False) -> Iterator[str]:
     """A fresh database on an embedded server, with the target and the three inputs, all empty.
 
-    PG_DSN names it while the block runs.
+    PG_DSN names it while the block runs. One that is `durable` waits for its disk.
     """
     server = folder / "postgres"
-    with postgres.embedded_postgres(server):
+    with postgres.embedded_postgres(server, durable=durable):
         name = f"benchmark_{os.getpid()}"
         dsn = postgres.create_database(server, name)
         before = os.environ.get("PG_DSN")
         os.environ["PG_DSN"] = dsn
         try:
-            target.create_tables(environment(), 512, inputs=True)
+            target.create_tables(environment(), dim, inputs=True)
             yield dsn
         finally:
             os.environ.pop("PG_DSN")

@@ -1,0 +1,71 @@
+"""make simulate at toy size: every step of the job, and what is said of them."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks.simulate import Cost, first_to_end, growth, report
+
+STEPS = [
+    "digest, all pending", "export", "select", "aggregate", "load", "load, unchanged",
+    "digest, nothing pending", "status", "cache: add", "cache: open",
+    "cache: open, 16,384 neighbours", "cache: open, 16,384 at random",
+]  # fmt: skip
+
+
+def test_every_step(tmp_path: Path) -> None:
+    """The real stages run; each step leaves its line, its row in the table, and no file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.simulate", "--millions", "0.0004",
+         "--dim", "8", "--work", str(tmp_path)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert 0 == done.returncode, done.stderr
+    written = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [line for line in written if "benchmark" in line]
+
+    assert [(step, 400) for step in STEPS] == [(line["step"], line["listings"]) for line in lines]
+    assert all(line["seconds"] > 0 and line["megabytes"] > 30 for line in lines)
+    assert lines[STEPS.index("load")]["wal_bytes"] > 392 * 40  # eight out of 400 are spam
+    assert STEPS == [line.split(" | ")[0][2:] for line in done.stdout.splitlines() if "n^" in line]
+    assert "At 100 million listings, by these figures, the first to end:" in done.stdout
+    assert ["tiny-8"] == [path.name for path in tmp_path.iterdir()]
+
+
+def cost(listings: int, seconds: float, megabytes: float = 100.0) -> Cost:
+    """Of one step, half of it on a processor."""
+    return Cost(
+        "load", listings, seconds, seconds / 2, megabytes, server_megabytes=10.0,
+        disk_bytes=3000 * listings, wal_bytes=2000 * listings,
+    )  # fmt: skip
+
+
+def test_what_grows_is_told() -> None:
+    """The power of the growth; what is worse than linear, or grows in memory, is the first to end.
+
+    What fits is named too, and what to set only where it does not.
+    """
+    square = [cost(n, n**2 / 1e10, n / 1e4) for n in (10**5, 10**6)]
+    ended = list(first_to_end(square, 10**7, 4))
+
+    assert 2.0 == pytest.approx(growth(square))
+    assert ended[0] == ("load: 2.78 hours, 35% of 8")
+    assert "load: 30 GB of disk, 3% of 1000" in ended
+    assert "shards: 4000 of 10000 at most, 10000 photos each" == ended[-1]
+    beyond = list(first_to_end(square, 10**8, 4))
+
+    assert beyond[0].startswith("load: 278 hours, 3472% of 8; set limit_listings: as many as")
+    assert "shards: 10000 of 10000 at most, 40000 photos each" == beyond[-1]
+
+
+def test_one_size_is_taken_to_grow_as_the_work() -> None:
+    """With nothing to compare it with, cost is linear and memory flat."""
+    lines = list(report([cost(10**6, 36.0)], argparse.Namespace(threads=2, images=4, dim=512)))
+
+    assert "| load | 36 (18) | n^1.00 | 100 to 100 | 10 | 3000 | 2000 |" in lines
+    assert "- load: 0.1 hours, 1% of 8" in lines
