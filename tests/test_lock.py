@@ -170,3 +170,30 @@ def unfinished(folder: Path, machine: str) -> tuple[Path, Path]:
     old.touch()
     os.utime(old, (long_ago, long_ago))
     return young, old
+
+
+def test_one_process_has_a_claim(tmp_path: Path) -> None:
+    """Until its block ends, however it does; one of that age counts for nothing."""
+    claim = tmp_path / "claim"
+    with (
+        pytest.raises(KeyError),
+        locks.claimed(claim, 60) as mine,
+        locks.claimed(claim, 60) as other,
+    ):
+        assert (mine, other) == (True, False)
+        raise KeyError
+    assert not claim.exists()
+    claim.touch()
+    os.utime(claim, (time.time() - 61, time.time() - 61))
+    with locks.claimed(claim, 62) as mine:
+        assert not mine
+    with locks.claimed(claim, 60) as mine:
+        assert mine
+
+    assert not claim.exists()
+
+
+def test_a_claim_where_no_file_can_be_made_is_nobodys(tmp_path: Path) -> None:
+    """Neither in a folder that is not there nor below a file."""
+    with locks.claimed(tmp_path / "nowhere" / "claim", 60) as mine:
+        assert not mine

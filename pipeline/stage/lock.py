@@ -7,6 +7,9 @@ lock holds within one machine only: what another machine holds is judged by its 
 import fcntl
 import functools
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -38,3 +41,23 @@ def wait_for_lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         return
+
+
+@contextmanager
+def claimed(claim: Path, age_s: float) -> Iterator[bool]:
+    """Whether this process is the one that made a file: a lock that every file system has.
+
+    A claim of that age was left by a killed process. Two processes may both come to see that: only
+    for work that may be done twice.
+    """
+    mine = False
+    with suppress(OSError):
+        if time.time() - claim.stat().st_mtime > age_s:
+            claim.unlink()
+    with suppress(OSError), open(claim, "x"):
+        mine = True
+    try:
+        yield mine
+    finally:
+        if mine:
+            claim.unlink(missing_ok=True)
