@@ -1,9 +1,12 @@
-"""Parquet between the stages: batches that never split a listing."""
+"""Parquet between the stages: batches that never split a listing, files that are whole."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.stage import parquet
@@ -66,3 +69,31 @@ def test_no_rows_are_no_batch(tmp_path: Path) -> None:
 def test_the_last_listing_begins_behind_all_others(rows: int, start: int) -> None:
     """Where any part of the key changes for the last time; 0 if it never does."""
     assert start == parquet.last_listing_start(table(ROWS[:rows]))
+
+
+def test_what_can_be_made_again_waits_for_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a durable file is on the disk before it has its name."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for durable, count in ((False, 0), (True, 1)):
+        with parquet.replacing(tmp_path / "file", durable) as temporary:
+            temporary.write_bytes(b"bytes")
+
+        assert len(synced) == count
+        assert (tmp_path / "file").read_bytes() == b"bytes"
+
+
+def test_damaged_pages_are_found_out(tmp_path: Path) -> None:
+    """Pages have checksums, for readers that look at them."""
+    path = tmp_path / "rows.parquet"
+    halves = pa.table({"vec": pa.array([[0.5] * 8], pa.list_(pa.float32(), 8))})
+    with parquet.writer(path, halves.schema, {}) as writer:
+        writer.write_table(halves)
+    data = path.read_bytes()
+    at = data.index(np.full(8, 0.5, np.float32).tobytes())
+    path.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
+
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(path, page_checksum_verification=True)

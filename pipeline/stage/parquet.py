@@ -116,11 +116,11 @@ def shards(folder: Path, number: int) -> list[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends without an error.
 
     An OSError that names no file gets this one's name. What killed writers of `path` have left
-    is removed.
+    is removed. Not `durable`: after a power cut the file may be there without its bytes.
     """
     temporary = path.with_name(f".{path.name}.{machine()}.{os.getpid()}.tmp")
     try:
@@ -130,7 +130,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with lifetime.unfinished(temporary), _held(temporary) as descriptor:
             try:
                 yield temporary
-                os.fsync(descriptor)
+                if durable:
+                    os.fsync(descriptor)
                 lifetime.check()
                 os.replace(temporary, path)
             except BaseException:
@@ -194,6 +195,7 @@ def writer(path: Path, schema: pa.Schema, metadata: dict[str, Any]) -> Iterator[
             schema.with_metadata({KEY: json.dumps(metadata, sort_keys=True).encode()}),
             compression={f.name: "none" if f.name == "vec" else "zstd" for f in schema},
             use_dictionary=strings,
+            write_page_checksum=True,
         ) as parquet,
     ):
         yield parquet
