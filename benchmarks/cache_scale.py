@@ -4,13 +4,15 @@ Entries are made up, and added a shard at a time as an encode does it. Each size
 one before. Lookups are those of a process that has just opened the cache, by path, size and
 mtime, in calls of 1024 rows: clustered rows were added together, scattered ones anywhere. Cold
 ones find none of the files in memory. A handful is 8 rows by content, as a GPU's threads ask.
-With a smaller --dimension more entries fit a disk.
+With --others the index has records of so many more entries, whose vectors are nowhere: what it
+takes to find, and to merge, among a hundred million.
 """
 
 import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,10 +22,14 @@ import numpy as np
 import psutil
 
 from benchmarks import measure
+from pipeline.cache.index import Index, Run
+from pipeline.cache.parts import RECORD, new_name
+from pipeline.cache.prune import merge
 from pipeline.cache.vectors import VectorCache
 
 CALL_ROWS = 1_024
 VECTORS = 4_096  # different ones
+CHUNK = 250_000
 
 
 def main() -> None:
@@ -32,6 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--millions", type=float, nargs="+", default=[1.0], help="entries")
     parser.add_argument("--folder", type=Path, required=True, help="of the cache; kept")
+    parser.add_argument("--others", type=float, default=0.0, help="millions, in the index only")
     parser.add_argument("--dimension", type=int, default=512, help="of the vectors")
     parser.add_argument("--shard", type=int, default=100_000, help="entries between two merges")
     parser.add_argument("--calls", type=int, default=40, help="lookups of 1024 rows of each kind")
@@ -40,12 +47,14 @@ def main() -> None:
         entries = int(millions * 1e6)
         folder = args.folder / "vectors" / "made-up"
         figures = fill(folder, args.dimension, entries, args.shard)
+        if args.others:
+            figures |= add_others(folder, int(args.others * 1e6))
         files = [path for path in folder.iterdir() if path.is_file()]
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             figures |= fresh.apply(look, (folder, args.dimension, entries, args.calls))
         measure.emit(
-            "cache scale", entries=entries, dimension=args.dimension, **figures,
-            files=len(files), bytes=sum(path.stat().st_size for path in files),
+            "cache scale", entries=entries, others=int(args.others * 1e6), dimension=args.dimension,
+            **figures, files=len(files), bytes=sum(path.stat().st_size for path in files),
         )  # fmt: skip
 
 
@@ -76,6 +85,28 @@ def add(cache: VectorCache, rows: range, vectors: np.ndarray) -> None:
     for row in rows:
         path, size, mtime_ns = key(row)
         cache.add(path, size, mtime_ns, digest(row), vectors[row % VECTORS], None)
+
+
+def add_others(folder: Path, entries: int) -> dict[str, Any]:
+    """Two files of the index of random records, and what it takes to merge them with the rest."""
+    index, random = Index(folder), np.random.default_rng(2)
+    part = next(iter(index.there))
+    sizes = {index.there[part]: index.sizes[index.there[part]]}
+    ranges = entries // CHUNK + 1  # of each file: an entry has two records
+
+    def records() -> Iterator[np.ndarray]:
+        for low in range(ranges):
+            chunk = np.zeros(CHUNK, RECORD)
+            bounds = (2**64 * low // ranges, 2**64 * (low + 1) // ranges)
+            chunk["key"] = np.sort(random.integers(*bounds, CHUNK, np.uint64))
+            chunk["part"] = part
+            yield chunk
+
+    for _ in range(2):
+        Run.write(folder / new_name(form="index-{}.bin"), records(), sizes)
+    with measure.memory() as memory:
+        seconds = measure.seconds(partial(merge, folder))
+    return {"merge_all_s": seconds, "merge_all_peak_mb": memory.peak}
 
 
 def look(folder: Path, dim: int, entries: int, calls: int) -> dict[str, Any]:

@@ -590,7 +590,7 @@ class Line(AbstractContextManager["Line"]):
         """Give those whose bytes are in the cache their outcome, without a wait for each other."""
         hits = self.cache.lookup_digests([photo.digest for photo in photos])
         for row, photo in enumerate(photos):
-            if hits.found(row):
+            if row in hits:
                 self._finish(photo, hits.vector(row), hits.error(row), "same bytes", "same bytes")
 
     def _collect(self) -> None:

@@ -1,53 +1,45 @@
 """The cache's parts: Parquet files that are only ever added, one row an image.
 
-A part's name says when it was written, so that of two entries of one image the newer wins.
+A part's name says when it was written, so that of two entries of one image the newer wins. Its
+vectors are neither compressed nor encoded: a record says at which byte one of them lies.
 """
 
+import errno
 import itertools
 import os
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.stage.command import log
-
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
+Array = npt.NDArray[Any]
 Vectors = npt.NDArray[np.float32]
 
 VECTORS = "vectors"
-ROW_GROUP = 256  # rows that one hit reads: half a megabyte at 512 dimensions
-PART = re.compile(r"part-(\d+)-\d+-\d+\.parquet")
-TEMPORARY = ".part-*.tmp"
+PART = re.compile(r"part-\d+-\d+-\d+\.parquet")
+TEMPORARY = ".*.tmp"
 FILE_KEY = ["storage_path", "size", "mtime_ns"]
-UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
+UNREADABLE = (OSError, pa.ArrowException, ValueError, TypeError, LookupError)
+
+# An image has two keys of 96 bits. A record says where the entry of one is: in which part, by the
+# time in its name, and at which byte, or which of the part's errors it is. `check` is the entry's
+# CRC-32 xor `low`: what is read there is what was written, and of this image.
+KEY = np.dtype([("key", "<u8"), ("low", "<u4")])
+RECORD = np.dtype([("key", "<u8"), ("part", "<i8"), ("at", "<u4"), ("check", "<u4")])
+IS_ERROR = 1 << 31
 
 _numbers = itertools.count()
 
 
-def schema(dim: int) -> pa.Schema:
-    """A part's columns: two keys of an image, and its vector or its error."""
-    return pa.schema(
-        [
-            pa.field("storage_path", pa.string()),
-            pa.field("size", pa.int64()),
-            pa.field("mtime_ns", pa.int64()),
-            pa.field("digest", pa.binary(32)),
-            pa.field("vec", pa.list_(pa.float32(), dim)),
-            pa.field("error", pa.string()),
-        ]
-    )
-
-
-@dataclass
-class Entry:
+class Entry(NamedTuple):
     """One remembered image; exactly one of `vec` (float32, unit length) and `error` is set."""
 
     storage_path: str
@@ -58,18 +50,9 @@ class Entry:
     error: str | None
 
 
-def new_name(at_ns: int | None = None) -> str:
-    """A name that no other part has; `at_ns` is the time that it bears, now by default."""
-    return f"part-{at_ns or time.time_ns()}-{os.getpid()}-{next(_numbers)}.parquet"
-
-
-def part_names(folder: Path) -> list[str]:
-    """The names of the parts in a folder, oldest first."""
-    try:
-        names = [name for name in os.listdir(folder) if PART.fullmatch(name)]
-    except (FileNotFoundError, NotADirectoryError):  # flush() says so if it is the latter
-        return []
-    return sorted(names, key=lambda name: (written_ns(name), name))
+def new_name(at_ns: int | None = None, form: str = "part-{}.parquet") -> str:
+    """A name that no other file has; `at_ns` is the time that it bears, now by default."""
+    return form.format(f"{at_ns or time.time_ns()}-{os.getpid()}-{next(_numbers)}")
 
 
 def written_ns(name: str) -> int:
@@ -77,75 +60,96 @@ def written_ns(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def keys(path: Path) -> tuple[Hashes, Hashes]:
-    """The two hashes of each row."""
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns=[*FILE_KEY, "digest"], use_threads=False)
-    return file_hashes(table), digest_hashes(table)
+def names(folder: Path, kind: re.Pattern[str] = PART) -> list[str]:
+    """The names of the files of a kind in a folder, oldest first."""
+    try:
+        found = [name for name in os.listdir(folder) if kind.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):  # flush() says so if it is the latter
+        return []
+    return sorted(found, key=lambda name: (written_ns(name), name))
 
 
-def file_hashes(table: pa.Table) -> Hashes:
-    """64 bits of each row's (storage_path, size, mtime_ns); the same within a process only."""
-    frame = pl.DataFrame(table.select(FILE_KEY).cast(_FILE_KEY_TYPES))
-    return frame.hash_rows(seed=0).to_numpy()
+def file_keys(files: Iterable[tuple[str, int, int]]) -> Array:
+    """The keys of images by (storage_path, size, mtime_ns)."""
+    texts = (f"{path}\0{size}\0{mtime_ns}".encode() for path, size, mtime_ns in files)
+    return digest_keys(blake2b(text, digest_size=KEY.itemsize).digest() for text in texts)
 
 
-_FILE_KEY_TYPES = pa.schema([schema(1).field(name) for name in FILE_KEY])
+def digest_keys(digests: Iterable[bytes]) -> Array:
+    """The keys of images by the SHA-256 of their bytes."""
+    return np.frombuffer(b"".join(digest[: KEY.itemsize] for digest in digests), KEY)
 
 
-def digest_hashes(table: pa.Table) -> Hashes:
-    """The first 64 bits of each row's SHA-256."""
-    column = table["digest"].combine_chunks()
-    values = np.frombuffer(column.buffers()[1] or b"", np.uint64)[column.offset * 4 :]
-    return values[: len(column) * 4 : 4].copy()
+def table_of(entries: Iterable[Entry], dim: int) -> pa.Table:
+    """A part's rows: two keys of an image, and its vector or its error."""
+    vec, text, number = pa.list_(pa.float32(), dim), pa.string(), pa.int64()
+    types = [text, number, number, pa.binary(32), vec, text]
+    columns = map(pa.array, zip(*entries, strict=True), types)
+    return pa.table(list(columns), list(Entry._fields))
 
 
-def table_of(entries: list[Entry], dim: int) -> pa.Table:
-    vectors = np.zeros((len(entries), dim), np.float32)
-    for row, entry in enumerate(entries):
-        if entry.vec is not None:
-            vectors[row] = entry.vec
-    null = pa.array([entry.vec is None for entry in entries])
-    columns = {
-        "storage_path": [entry.storage_path for entry in entries],
-        "size": [entry.size for entry in entries],
-        "mtime_ns": [entry.mtime_ns for entry in entries],
-        "digest": [entry.digest for entry in entries],
-        "vec": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim, mask=null),
-        "error": [entry.error for entry in entries],
-    }
-    return pa.table(columns, schema=schema(dim))
+def read(path: Path) -> pa.Table:
+    """A part's rows, without those whose vector is not of unit length: they are damaged.
+
+    Raises one of UNREADABLE.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read(use_threads=False).replace_schema_metadata()
+    vectors, sound = matrix(table), np.array(table["error"].is_valid())
+    sound[table["vec"].is_valid()] = np.abs(np.einsum("ij,ij->i", vectors, vectors) - 1) < 1e-3
+    return table.filter(pa.array(sound))
 
 
-def read_rows(path: Path, rows: Ints, columns: list[str]) -> tuple[pa.Table, Ints]:
-    """The row groups that hold `rows`, and where in them each of the rows is."""
-    with pq.ParquetFile(path) as file:
-        footer = file.metadata
-        lengths = np.array([footer.row_group(i).num_rows for i in range(footer.num_row_groups)])
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        group = np.searchsorted(starts, rows, side="right") - 1
-        needed, which = np.unique(group, return_inverse=True)
-        table = file.read_row_groups(needed.tolist(), columns=columns, use_threads=False)
-    begins = np.concatenate([[0], np.cumsum(lengths[needed])])
-    return table, rows - starts[group] + begins[which]
+def records_of(path: Path, table: pa.Table) -> Array:
+    """The records (2, rows) of a part's rows, by file and by content.
+
+    Where a vector lies is found by looking for its bytes in the file. Raises one of UNREADABLE.
+    """
+    columns = [table[name].to_pylist() for name in [*FILE_KEY, "digest", "error"]]
+    keys = np.stack([file_keys(zip(*columns[:3], strict=True)), digest_keys(columns[3])])
+    data, end, vectors, numbers = path.read_bytes(), 0, iter(matrix(table)), itertools.count()
+    places, checks = [], []
+    for error in columns[4]:
+        value = next(vectors).tobytes() if error is None else error.encode()
+        if error is None:
+            start = end if data.startswith(value, end) else data.index(value, end)
+            end = start + len(value)
+        places.append(start if error is None else IS_ERROR | next(numbers))
+        checks.append(crc32(value))
+    records = np.zeros(keys.shape, RECORD)
+    records["part"], records["at"] = written_ns(path.name), np.array(places, "<u4")
+    records["key"], records["check"] = keys["key"], np.array(checks, "<u4") ^ keys["low"]
+    return records
 
 
-def matrix(column: pa.ChunkedArray, dim: int) -> tuple[Vectors, npt.NDArray[np.bool_]]:
-    """The vectors, float32 (rows, dim), and which of them are null (their values are any)."""
-    if column.type.list_size != dim:
-        raise ValueError(f"vectors of {column.type.list_size} dimensions, not {dim}")
-    chunks = [
-        chunk.values.slice(chunk.offset * dim, len(chunk) * dim).to_numpy(zero_copy_only=False)
-        for chunk in column.chunks
-    ]
-    matrix = np.concatenate(chunks).reshape(len(column), dim)
-    return matrix, column.is_null().to_numpy()
+def values(path: Path, records: Array, low: Array, dim: int) -> list[Vectors | str]:
+    """The vector or the error of each record. Raises one of UNREADABLE."""
+    found: list[Vectors | str] = []
+    errors: pa.ChunkedArray = []
+    if (records["at"] >= IS_ERROR).any():
+        errors = pq.read_table(path, columns=["error"], use_threads=False)["error"].drop_null()
+    checks = records["check"] ^ low
+    with open(path, "rb", buffering=0) as file:
+        for at, check in zip(records["at"].tolist(), checks.tolist(), strict=True):
+            error = errors[at ^ IS_ERROR].as_py() if at & IS_ERROR else None
+            raw = os.pread(file.fileno(), dim * 4, at) if error is None else error.encode()
+            if crc32(raw) != check:
+                raise ValueError("not the bytes that were written")
+            found.append(np.frombuffer(raw, np.float32) if error is None else error)
+    return found
 
 
-def warn_of_part(path: Path, error: Exception) -> None:
-    log.warning("cache part %s cannot be read and counts as missing: %s", path, first_line(error))
+def matrix(table: pa.Table) -> Vectors:
+    """The vectors, float32 (rows that have one, dim)."""
+    column = table["vec"].combine_chunks()
+    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line; its kind if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def is_gone(error: Exception) -> bool:
+    """Whether a file was merged into another or pruned, by any machine."""
+    return getattr(error, "errno", None) in (errno.ENOENT, errno.ESTALE)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether a file is damaged; what the disk did not give may be sound."""
+    return getattr(error, "errno", None) is None

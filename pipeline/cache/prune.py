@@ -1,47 +1,36 @@
-"""Prune the cache: merge small parts, drop what was replaced, is old or too much; and its figures.
+"""Keep the cache small: merge its files, by itself at the end of a shard, prune it; its figures.
 
-Readers and writers may be at work meanwhile.
+Readers and writers may be at work meanwhile. Should two processes merge the same files, entries
+are there twice until the next merge.
 """
 
-import itertools
+import math
 import os
+import shutil
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.cache.index import newest
-from pipeline.cache.parts import (
-    FILE_KEY,
-    ROW_GROUP,
-    TEMPORARY,
-    UNREADABLE,
-    VECTORS,
-    Hashes,
-    Ints,
-    first_line,
-    keys,
-    new_name,
-    part_names,
-    warn_of_part,
-    written_ns,
-)
+from pipeline.cache import parts
+from pipeline.cache.index import Index
 from pipeline.stage.command import log
 from pipeline.stage.errors import DataError
-from pipeline.stage.lock import wait_for_lock
-from pipeline.stage.parquet import metadata, remove_abandoned, writer
+from pipeline.stage.lock import claimed
+from pipeline.stage.parquet import VECTOR_ROW_GROUP, metadata, remove_abandoned, writer
 
-MERGED_ROWS = 16_384
+FAN = 8  # so many parts of a like length become one
+LONG = 4_096  # rows of a part that is written no more: others are, four times at most
+AT_ONCE = 64  # merges at the end of a shard: seconds, be there ever so many parts
+CLAIM = ".merging"
+CLAIM_S = 900.0  # one that is older was left by a killed process
 
 
-@dataclass(frozen=True)
-class FolderStats:
+class FolderStats(NamedTuple):
     """What one fingerprint's folder holds."""
 
     folder: str
@@ -53,8 +42,15 @@ class FolderStats:
 
 
 def stats(cache_dir: Path) -> list[FolderStats]:
-    """What the cache holds, folder by folder, from the parts' footers, without unreadable parts."""
-    return [_folder_stats(folder) for folder in _folders(cache_dir)]
+    """What the cache holds, folder by folder, from its index, without unreadable parts."""
+    return [_stats(folder, Index(folder)) for folder in _folders(cache_dir)]
+
+
+def _stats(folder: Path, index: Index) -> FolderStats:
+    names = list(index.there.values())
+    document = _made_by(folder / names[0]) if names else {}
+    failures = sum(index.sizes[name][1] for name in names)
+    return FolderStats(folder.name, document, index.entries, failures, len(names), _bytes(folder))
 
 
 def prune(
@@ -65,183 +61,121 @@ def prune(
     older_than_days: float | None = None,
     root: Path | None = None,
 ) -> int:
-    """Merge small parts and drop replaced entries; returns the bytes that this has freed.
+    """Merge small files and drop replaced entries; returns the bytes that this has freed.
 
     `keep`: only these fingerprint folders stay. `older_than_days`: parts written before are
-    dropped. `root`: entries whose file below it is gone or has changed are dropped. `max_bytes`:
-    the oldest parts are dropped until the rest fits. Others may read and add meanwhile; a second
-    prune waits.
+    dropped. `max_bytes`: the oldest parts are dropped until the rest fits. `root`: entries whose
+    file below it is gone or has changed are dropped. All that stays is read. Others may read and
+    add meanwhile.
     """
-    vectors = cache_dir / VECTORS
-    if not vectors.is_dir():
-        return 0
-    with _only_prune(vectors):
-        before = _bytes(cache_dir)
-        for folder in _folders(cache_dir):
-            if keep is not None and folder.name not in keep:
-                _remove(folder)
-                continue
-            remove_abandoned(folder, TEMPORARY)
-            if older_than_days is not None:
-                oldest = time.time_ns() - int(older_than_days * 86_400e9)
-                _unlink(folder / name for name in part_names(folder) if written_ns(name) < oldest)
-            _merge(folder, root)
-        if max_bytes is not None:
-            _shrink(cache_dir, max_bytes)
-        return before - _bytes(cache_dir)
-
-
-def _merge(folder: Path, root: Path | None) -> None:
-    """Write runs of small parts anew without replaced entries, then remove them.
-
-    A merged part bears the time of its newest origin: it loses to all that is added after.
-    """
-    names, kept = _kept_rows(folder)
-    if root is not None:
-        kept = [_current(folder / n, rows, root) for n, rows in zip(names, kept, strict=True)]
-    for run in _runs([len(rows) for rows in kept]):
-        paths = [folder / names[i] for i in run]
-        rows = [kept[i] for i in run]
-        whole = len(run) == 1 and len(rows[0]) == pq.read_metadata(paths[0]).num_rows
-        if whole:
-            continue
-        try:
-            if any(len(r) for r in rows):
-                _write_merged(folder, paths, rows)
-        except UNREADABLE as error:
-            log.warning("%d parts in %s are not merged: %s", len(run), folder, first_line(error))
+    folders = _folders(cache_dir)
+    before = left = sum(map(_bytes, folders))
+    most = math.inf if max_bytes is None else max_bytes
+    oldest = 0.0 if older_than_days is None else time.time_ns() - older_than_days * 86_400e9
+    found = [folder / name for folder in folders for name in parts.names(folder)]
+    for part in sorted(found, key=lambda part: parts.written_ns(part.name)):
+        if parts.written_ns(part.name) < oldest or left > most:
+            left -= _size(part)
+            part.unlink(missing_ok=True)
+    for folder in folders:
+        if keep is not None and folder.name not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
         else:
-            _unlink(paths)
+            remove_abandoned(folder, parts.TEMPORARY)
+            merge(folder, True, root)
+    return before - sum(map(_bytes, _folders(cache_dir)))
 
 
-def _kept_rows(folder: Path) -> tuple[list[str], list[Ints]]:
-    """The readable parts, oldest first, and of each the rows that no later entry replaces.
+def merge(folder: Path, whole: bool = False, root: Path | None = None) -> None:
+    """Merge parts where there are FAN of a like length, and the index.
 
-    Parts that are no whole Parquet files are removed: no one can read them.
+    Unless another process is at it. `whole`: be it or not, all parts, and what is damaged goes. A
+    failure is a warning.
     """
-    names: list[str] = []
-    hashes: list[Hashes] = []
-    places: list[Hashes] = []
-    for name in part_names(folder):
-        try:
-            files, _ = keys(folder / name)
-        except UNREADABLE as error:
-            warn_of_part(folder / name, error)
-            if not isinstance(error, OSError) or error.errno is None:  # else: the disk's fault
-                _unlink([folder / name])
-            continue
-        hashes.append(files)
-        places.append(np.uint64(len(names)) << np.uint64(32) | np.arange(len(files), dtype="u8"))
-        names.append(name)
-    if not names:
-        return [], []
-    every = np.concatenate(places)
-    written = np.array([written_ns(name) for name in names])
-    best = np.sort(every[newest(np.concatenate(hashes), every, written)]).astype(np.int64)
-    bounds = np.searchsorted(best, np.arange(len(names) + 1) << 32)
-    return names, [
-        best[start:stop] & 0xFFFFFFFF for start, stop in itertools.pairwise(bounds.tolist())
-    ]
-
-
-def _current(path: Path, rows: Ints, root: Path) -> Ints:
-    """Those of the rows whose file is still as it was."""
-    table = pq.read_table(path, columns=FILE_KEY).take(rows)
-
-    def same(storage_path: str, size: int, mtime_ns: int) -> bool:
-        try:
-            found = os.stat(root / storage_path)
-        except (OSError, ValueError):
-            return False
-        return (found.st_size, found.st_mtime_ns) == (size, mtime_ns)
-
-    columns = [table[name].to_pylist() for name in FILE_KEY]
-    current: Ints = rows[np.array([same(*row) for row in zip(*columns, strict=True)], bool)]
-    return current
-
-
-def _runs(lengths: list[int]) -> Iterator[list[int]]:
-    """Neighbouring parts that together have at most MERGED_ROWS rows, or one longer part."""
-    run: list[int] = []
-    rows = 0
-    for i, length in enumerate(lengths):
-        if run and rows + length > MERGED_ROWS:
-            yield run
-            run, rows = [], 0
-        run.append(i)
-        rows += length
-    if run:
-        yield run
-
-
-def _write_merged(folder: Path, paths: list[Path], rows: list[Ints]) -> None:
-    name = new_name(written_ns(paths[-1].name))
-    table = pa.concat_tables(
-        pq.read_table(path).take(kept) for path, kept in zip(paths, rows, strict=True)
-    )
-    columns = table.schema.remove_metadata()
-    with writer(folder / name, columns, metadata(paths[0])) as parquet:
-        parquet.write_table(table, row_group_size=ROW_GROUP)
-
-
-def _shrink(cache_dir: Path, max_bytes: int) -> None:
-    parts = [folder / name for folder in _folders(cache_dir) for name in part_names(folder)]
-    total = sum(part.stat().st_size for part in parts)
-    for part in sorted(parts, key=lambda part: written_ns(part.name)):
-        if total <= max_bytes:
+    with claimed(folder / CLAIM, CLAIM_S) as mine:
+        if not mine and not whole:
             return
-        total -= part.stat().st_size
-        _unlink([part])
+        try:
+            index = Index(folder)
+            for name, error in index.unreadable.items():
+                if whole and parts.is_lost(error):
+                    (folder / name).unlink(missing_ok=True)
+            runs = [run for run in _like_parts(index) if whole or len(run) == FAN]
+            for run in runs[: None if whole else AT_ONCE]:
+                _rewrite(index, run, root)
+            index.refresh()
+            index.merge()
+        except parts.UNREADABLE as error:
+            if not parts.is_gone(error):
+                log.warning("%s is not merged: %r", folder, error)
 
 
-@contextmanager
-def _only_prune(vectors: Path) -> Iterator[None]:
-    """Hold the lock that two prunes contend for; readers and writers need none."""
-    with open(vectors / ".prune.lock", "w") as lock:
-        wait_for_lock(lock.fileno())  # released when the file closes, also by a crash
-        yield
+def _like_parts(index: Index) -> Iterator[list[str]]:
+    """FAN parts or fewer whose lengths are within a factor of FAN; long ones are alone."""
+    tiers = defaultdict(list)
+    for name in index.there.values():
+        tiers[int(math.log2(index.sizes[name][0] or 1) / math.log2(FAN))].append(name)
+    for tier in tiers.values():
+        width = FAN if index.sizes[tier[0]][0] < LONG else 1
+        yield from (tier[start : start + width] for start in range(0, len(tier), width))
+
+
+def _rewrite(index: Index, run: list[str], root: Path | None = None) -> None:
+    """Write parts anew as one, without replaced and damaged entries, then remove them.
+
+    It bears the time of the newest of them: it loses to all that is added after.
+    """
+    folder, tables, document = index.folder, [], dict[str, Any]()
+    for name in run:
+        try:
+            table = parts.read(folder / name)
+            records = parts.records_of(folder / name, table)[0]
+            document = document or _made_by(folder / name)
+        except parts.UNREADABLE as error:
+            if not parts.is_lost(error):
+                raise
+            index.cannot_read(name, error)
+            continue
+        found = index.find(records["key"])
+        live = (found == records) | (found["part"] < records["part"])
+        if root is not None:
+            files = zip(*(table[name].to_pylist() for name in parts.FILE_KEY), strict=True)
+            live &= [_is_there(root, *file) for file in files]
+        tables.append(table.filter(pa.array(live)))
+    rows = sum(map(len, tables))
+    if len(run) == 1 and rows == index.sizes[run[0]][0]:
+        return  # all of it is left
+    if rows:
+        name = parts.new_name(parts.written_ns(run[-1]) + 1 + os.getpid() % 1000)
+        with writer(folder / name, tables[0].schema, document) as file:
+            file.write_table(pa.concat_tables(tables), row_group_size=VECTOR_ROW_GROUP)
+        index.add([name])
+    for name in run:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_there(root: Path, storage_path: str, size: int, mtime_ns: int) -> bool:
+    with suppress(OSError, ValueError):
+        found = os.stat(root / storage_path)
+        return (found.st_size, found.st_mtime_ns) == (size, mtime_ns)
+    return False
+
+
+def _made_by(path: Path) -> dict[str, Any]:
+    with suppress(DataError):
+        return metadata(path)
+    return {}
 
 
 def _folders(cache_dir: Path) -> list[Path]:
-    vectors = cache_dir / VECTORS
-    return sorted(f for f in vectors.iterdir() if f.is_dir()) if vectors.is_dir() else []
+    return sorted(f for f in (cache_dir / parts.VECTORS).glob("*") if f.is_dir())
 
 
-def _folder_stats(folder: Path) -> FolderStats:
-    entries = failures = parts = size = 0
-    document: dict[str, Any] = {}
-    for name in part_names(folder):
-        try:
-            footer = pq.read_metadata(folder / name)
-            document = document or metadata(folder / name)
-            size += (folder / name).stat().st_size
-        except (OSError, pa.ArrowException, DataError):
-            continue
-        parts += 1
-        entries += footer.num_rows
-        failures += _failures(footer)
-    return FolderStats(folder.name, document, entries, failures, parts, size)
+def _bytes(folder: Path) -> int:
+    return sum(map(_size, folder.iterdir()))
 
 
-def _failures(footer: pq.FileMetaData) -> int:
-    error = footer.num_columns - 1
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    return sum(group.num_rows - group.column(error).statistics.null_count for group in groups)
-
-
-def _bytes(cache_dir: Path) -> int:
-    return sum(
-        file.stat().st_size for folder in _folders(cache_dir) for file in folder.iterdir()
-    )  # fmt: skip
-
-
-def _remove(folder: Path) -> None:
-    _unlink(folder / name for name in part_names(folder))
-    remove_abandoned(folder, TEMPORARY)
-    with suppress(OSError):  # not empty: someone is writing to it
-        folder.rmdir()
-
-
-def _unlink(paths: Collection[Path] | Iterator[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _size(file: Path) -> int:
+    with suppress(FileNotFoundError):  # another process has merged it since
+        return file.stat().st_size
+    return 0
