@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 PHOTOS ?=
+S3     ?=
 
 .PHONY: setup demo demo-stop test test-slurm test-browser lint lint-image gpu-check mutants \
 	benchmarks simulate rulegraph lock clean
@@ -26,7 +27,7 @@ endif
 	touch $@
 
 demo: setup
-	$(BIN)/python -m demo $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(BIN)/python -m demo $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(S3),--s3)
 
 demo-stop: setup
 	$(BIN)/python -m demo stop

@@ -145,7 +145,7 @@ def trained(folder: Path) -> str:
     return f"local-dir:{encoder.efficientnet_encoder(folder / 'efficientnet-lite0')}"
 
 
-def job(root: Path, cache: Path, threads: int, **chosen: Any) -> EncodeJob:
+def job(root: Path | str, cache: Path, threads: int, **chosen: Any) -> EncodeJob:
     """What the encode stage knows before its first image."""
     return EncodeJob.prepare(
         Settings(cache_dir=str(cache), **chosen),

@@ -11,6 +11,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +57,9 @@ def main() -> None:
     dsn = _set_up(origin, folder)
     model = f"local-dir:{shown(folder / ENCODER)}"
     words = ["snakemake", "--cores", str(flags.cores), "--config", f"model_name={model}"]
-    _run(words, f"PG_DSN=... IMAGE_ROOT_DIR={shlex.quote(shown(origin.market.root))}")
-    _make_page(words)
+    with _in_store(origin.market) if flags.s3 else nullcontext():
+        _run(words, f"PG_DSN=... IMAGE_ROOT_DIR={shlex.quote(os.environ['IMAGE_ROOT_DIR'])}")
+        _make_page(words)
     report.print_report(
         dsn, folder, shown(origin.market.root), shlex.join(words), made_up=origin.made_up
     )
@@ -69,6 +72,7 @@ def _flags() -> argparse.Namespace:
         "action", nargs="?", default="run", choices=["run", "stop"], help="stop: the Postgres"
     )
     parser.add_argument("--photos", default="", help="your own photos: each subfolder is a listing")
+    parser.add_argument("--s3", action="store_true", help="read the photos from an object store")
     parser.add_argument("--folder", default=FOLDER, help="where the demo keeps what it makes")
     parser.add_argument("--listings", type=int, default=240, help="how many to make up")
     parser.add_argument("--cores", default=os.cpu_count(), help="CPU cores to use")
@@ -80,7 +84,7 @@ def _flags() -> argparse.Namespace:
 
 def _forget_users_database() -> None:
     """Neither this process nor those it starts can reach anything but the demo's own server."""
-    for name in [n for n in os.environ if n.startswith("PG") or n in OURS]:
+    for name in [n for n in os.environ if n.startswith(("PG", "AWS_")) or n in OURS]:
         del os.environ[name]
 
 
@@ -120,6 +124,20 @@ def _draw_photos(market: marketplace.Marketplace) -> None:
     drawn = marketplace.draw_photos(market, os.cpu_count() or 1)
     if drawn:
         _say(f"{drawn} photos drawn in {time.monotonic() - start:.0f} s")
+
+
+@contextmanager
+def _in_store(market: marketplace.Marketplace) -> Iterator[None]:
+    """The photos in an object store of this process's, which the environment leads to."""
+    from demo import store  # of packages that only tests and this need
+
+    with store.serving() as server:
+        _say(f"Object store at {server.address}, gone at the end")
+        os.environ |= server.variables
+        os.environ["IMAGE_ROOT_DIR"] = server.upload(
+            market.root, sorted({image["storage_path"] for image in market.images})
+        )
+        yield
 
 
 def _run(words: list[str], environment: str) -> None:

@@ -56,12 +56,13 @@ class Server:
                 secret_access_key="demo", client_options={"allow_http": True},
             )  # fmt: skip
 
-    def upload(self, folder: Path, bucket: str = BUCKET) -> str:
-        """Put all files below a folder into a bucket; returns the URL to read them from."""
-        store = self.bucket(bucket)
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            store.put(path.relative_to(folder).as_posix(), path.read_bytes())
-        return f"s3://{bucket}"
+    def upload(self, folder: Path, names: Iterable[str]) -> str:
+        """Put those of the files below a folder that are there; returns the URL to read from."""
+        store = self.bucket()
+        for name in names:
+            if (folder / name).is_file():
+                store.put(name, (folder / name).read_bytes())
+        return f"s3://{BUCKET}"
 
 
 @contextmanager
@@ -95,7 +96,8 @@ def main() -> None:
         return answer
 
     with serving(late) as server:
-        server.upload(args.folder)
+        below = args.folder.rglob("*")
+        server.upload(args.folder, sorted(str(path.relative_to(args.folder)) for path in below))
         print(server.address, flush=True)
         sys.stdin.read()
 

@@ -503,7 +503,7 @@ def _fits(rows: pa.Table) -> Iterator[tuple[float, int, str]]:
     rows = rows.filter(pc.is_valid(rows["vec"]))
     if not rows.num_rows:
         return
-    vectors, _ = matrix(rows["vec"])
+    vectors = matrix(rows)
     listings = rows["listing_id"].to_numpy()
     starts = np.flatnonzero(np.diff(listings, prepend=listings[0] - 1))
     sizes = np.diff(starts, append=len(listings))
