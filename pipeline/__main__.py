@@ -15,6 +15,7 @@ from pipeline.cache.parts import VECTORS
 from pipeline.database import target
 from pipeline.database.connection import quoted
 from pipeline.encoder.model import model_of
+from pipeline.photos.files import check_image_root
 from pipeline.stage import command, settings
 from pipeline.stage.errors import SettingsError
 from pipeline.stage.settings import Environment, Settings
@@ -146,6 +147,8 @@ def show_or_prune_cache(args: argparse.Namespace) -> None:
     """Show or prune the vector cache."""
     folder = Path(args.cache_dir)
     if args.what == "prune":
+        if args.image_root:
+            check_image_root(args.image_root)  # below what is no folder, every file is gone
         freed = prune.prune(
             folder,
             max_bytes=None if args.max_mb is None else int(args.max_mb * 1e6),

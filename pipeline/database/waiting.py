@@ -82,7 +82,7 @@ class Files:
     """The files of waiting listings as they are now, each looked at once."""
 
     def __init__(self, chosen: Settings, image_root: Path | str) -> None:
-        self._photos = photos_at(image_root, chosen, patient=False)
+        self._chosen, self._image_root = chosen, image_root
         self._now: dict[str, FileStat | None] = {}
         self._failed = False
 
@@ -100,10 +100,11 @@ class Files:
 
     def _look_at(self, paths: list[str]) -> None:
         """A place that fails is not asked again: who waits for it waits on."""
-        if self._failed:
+        if self._failed or not paths:
             return
+        photos = photos_at(self._image_root, self._chosen, patient=False)
         try:
-            for path, found in zip(paths, self._photos.stats(paths), strict=True):
+            for path, found in zip(paths, photos.stats(paths), strict=True):
                 self._now[path] = found if isinstance(found, FileStat) else None
         except StorageError as error:
             log.warning("%s; listings that wait for files wait on", error)

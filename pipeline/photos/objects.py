@@ -108,7 +108,7 @@ class PhotoStore(Photos):
         self.pauses = RETRY_S if patient else ()
         scheme, _, rest = self.root.partition("://")
         self._terms = _TERMS.get(scheme.lower(), _WEB)
-        self._prefix = len(rest.partition("/")[2].encode()) + 1
+        self._prefix = len(rest.partition("/")[2].encode())
         self._store = _store(self.root, self._terms, _PATIENT if patient else _HASTY)
 
     def check(self) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class PhotoStore(Photos):
     def _name(self, storage_path: str | None) -> str:
         """The object's name below the prefix; PhotoError where there can be none."""
         name = b"/".join(parts_of(storage_path))
-        if self._prefix + len(name) > NAME_LENGTH:
+        if self._prefix + bool(self._prefix) + len(name) > NAME_LENGTH:
             raise PhotoError("outside", "the storage_path has too long a name")
         return name.decode()
 

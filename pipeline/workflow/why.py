@@ -116,7 +116,7 @@ class Judge:
         self._next = listing.edits_in(cursor, pending.listings, listing_id)
         self._due = listing.edits_in(cursor, pending.due, listing_id)
         self._waits = waiting.files_of(chosen, chosen.identity, listing_id)
-        self._root = photos_at(environment.image_root, chosen)
+        self._root = photos_at(environment.image_root, chosen, patient=False)
         self._encoded = _encoded(listing_id)
 
     def edits(self, rows: list[Row]) -> Iterator[Edit]:
