@@ -23,6 +23,12 @@ from pipeline.workflow import preflight, retire, run, status, summary, why
 
 
 def main() -> None:
+    args = parser().parse_args()
+    args.action(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
     parser = command.parser(__doc__)
     parser.prog = "python -m pipeline"
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -36,8 +42,7 @@ def main() -> None:
     _add(commands, "retire", retire.add_flags, retire.main)
     _add(commands, "summary", lambda parser: None, lambda args: summary.main())
     _add(commands, "cache", _add_cache, show_or_prune_cache)
-    args = parser.parse_args()
-    args.action(args)
+    return parser
 
 
 _HELP = {
