@@ -95,8 +95,11 @@ def main() -> None:
 
 
 def needed(millions: float, images: int, dim: int) -> float:
-    """About how many bytes a size takes at most: rows, image vectors, their means."""
-    return millions * MILLION * (1000 + (images + 1) * (4 * dim + 100))
+    """About how many bytes a size takes at most, the rows among them.
+
+    That is image vectors and their means; or the means, their copy, sorted, in the table and WAL.
+    """
+    return millions * MILLION * (1000 + max(images + 1, 5) * (4 * dim + 100))
 
 
 def simulate(millions: float, args: argparse.Namespace, model: str, folder: Path) -> Iterator[Cost]:

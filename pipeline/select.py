@@ -2,7 +2,8 @@
 
 Reads: images.parquet and listings.parquet of the export. Writes: one Parquet file per shard with
 ranks 1..K; all images of a listing are in one shard, listings in export order. Guarantees: every
-exported listing has at least one selected image, and no shard of an earlier split is left over.
+exported listing has at least one selected image, and no shard of an earlier split is left over;
+neither memory nor the number of open files grows with that of the shards.
 """
 
 import argparse

@@ -159,8 +159,9 @@ def _held(temporary: Path) -> Iterator[int]:
 
 @functools.cache
 def _temporaries(folder: Path) -> list[Path]:
-    """The temporary files that this process met in a folder: to list it for each file that is
-    written there takes a time that grows with the square of their number.
+    """The temporary files that there were in a folder when this process first wrote to it.
+
+    To list it for each file would take a time that grows with the square of their number.
     """
     return sorted(folder.glob(".*.tmp"))
 
