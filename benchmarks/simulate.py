@@ -403,7 +403,6 @@ def growth(of_step: Sequence[Cost]) -> float:
 AT_HAND = {
     "hours": (8.0, "limit_listings: as many as a night holds, the next one takes the rest"),
     "GB of memory": (16.0, "limit_listings; for aggregate, fewer cores"),
-    "GB of the server's memory": (8.0, "limit_listings"),
     "GB of disk": (1000.0, "limit_listings: the next run's files take the place of this one's"),
     "GB of WAL": (100.0, "limit_listings; max_wal_size, and room where it is archived"),
 }
@@ -428,20 +427,18 @@ def first_to_end(costs: Sequence[Cost], listings: int, images: int) -> Iterator[
 
 
 def expected(of_step: Sequence[Cost], listings: int) -> dict[str, float]:
-    """What a step would take of each kind, as it has grown so far."""
+    """What a step would take of each kind, as it has grown so far.
+
+    Not the server's memory: what it sorts and hashes, it spills beyond a limit.
+    """
     last = of_step[-1]
     times = listings / last.listings
     before = of_step[-2] if len(of_step) > 1 else last
 
-    def memory(name: str) -> float:
-        grown = max(0.0, getattr(last, name) - getattr(before, name))
-        per_listing = grown / max(1, last.listings - before.listings)
-        return float(getattr(last, name) + per_listing * (listings - last.listings)) / 1024
-
+    grown = max(0.0, last.megabytes - before.megabytes) / max(1, last.listings - before.listings)
     return {
         "hours": last.seconds * times ** max(1.0, growth(of_step)) / 3600,
-        "GB of memory": memory("megabytes"),
-        "GB of the server's memory": memory("server_megabytes"),
+        "GB of memory": (last.megabytes + grown * (listings - last.listings)) / 1024,
         "GB of disk": last.disk_bytes * times / 1e9,
         "GB of WAL": last.wal_bytes * times / 1e9,
     }
