@@ -203,26 +203,23 @@ class Index:
         """Whether the part of each record can be read."""
         return np.asarray(nearest(self._times, self._times, records["part"]) == records["part"])
 
-    def merge(self) -> None:
-        """Make the short files one, without the records of parts that are gone.
+    def merge(self, whole: bool) -> None:
+        """Make the short files one, without the records of parts that are gone; `whole`: all.
 
         Then each of what is left is longer than all that are shorter together.
         """
         runs = sorted(self.runs.values(), key=lambda run: run.count)
         ends = np.cumsum([run.count for run in runs])
-        runs = runs[: max(np.flatnonzero(np.diff(ends) <= ends[:-1]), default=-2) + 2]
-        if not runs:
-            return
-        there = set(self.there.values())
+        short = max(np.flatnonzero(np.diff(ends) <= ends[:-1]), default=-2) + 2
+        runs, there = runs if whole else runs[:short], set(self.there.values())
         sizes = {n: size for run in runs for n, size in run.parts.items() if n in there}
         ranges = sum(run.count for run in runs) // AT_ONCE + 1  # keys are hashes, spread evenly
         bounds = itertools.pairwise(2**64 * i // ranges for i in range(ranges + 1))
         chunks = (np.concatenate([run.between(a, b - 1) for run in runs]) for a, b in bounds)
-        name = parts.new_name(form="index-{}.bin")
-        Run.write(self.folder / name, (newest(c[self.is_there(c)]) for c in chunks), sizes)
-        self._take(name)
+        if sizes:
+            name = self.folder / parts.new_name(form="index-{}.bin")
+            Run.write(name, (newest(c[self.is_there(c)]) for c in chunks), sizes)
         for run in runs:
-            del self.runs[run.path.name]
             run.path.unlink(missing_ok=True)
 
 

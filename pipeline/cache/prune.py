@@ -104,7 +104,7 @@ def merge(folder: Path, whole: bool = False, root: Path | None = None) -> None:
             for run in runs[: None if whole else AT_ONCE]:
                 _rewrite(index, run, root)
             index.refresh()
-            index.merge()
+            index.merge(whole)
         except parts.UNREADABLE as error:
             if not parts.is_gone(error):
                 log.warning("%s is not merged: %r", folder, error)

@@ -98,10 +98,7 @@ class VectorCache:
         return self._index.entries + len(self._unwritten)
 
     def lookup_files(self, paths: list[str], sizes: Array, mtimes: Array) -> Hits:
-        """Images by storage_path, size in bytes and mtime in nanoseconds, row by row.
-
-        Made for thousands of rows a call, in the order in which they were added.
-        """
+        """Images by storage_path, size in bytes and mtime in nanoseconds, row by row."""
         asked = list(zip(paths, sizes.tolist(), mtimes.tolist(), strict=True))
         return self._lookup(parts.file_keys(asked), [self._unwritten.get(key) for key in asked])
 
