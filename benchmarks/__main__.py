@@ -37,6 +37,7 @@ def main() -> None:
             *run("parity", *common, *real),
             *run("end_to_end", *common, "--images", str(2 * args.images)),
             *run("cache_hits", *common, "--images", str(args.small)),
+            *run("object_store", *common, "--images", str(args.images), "--rounds", "5"),
             *run("memory", *common, "--images", str(args.small)),
             *run("aggregate", *common, "--images", str(args.vectors)),
             *run("load", *common, "--listings", str(args.vectors), "--rounds", "5"),
@@ -110,6 +111,15 @@ def _cache_hits(line: Line) -> Iterator[str]:
     )
 
 
+def _object_store(line: Line) -> Iterator[str]:
+    yield _row(
+        f"encode from an object store that answers after {line['late_s']} s",
+        f"{line['store_images_per_second']:.1f} images/s",
+        f"from a folder {line['folder_images_per_second']:.1f} images/s",
+        f"{line['ratio']:.2f}",
+    )
+
+
 def _memory(line: Line) -> Iterator[str]:
     marks = ", ".join(f"{mb} at {share}" for share, mb in line["megabytes_at"].items())
     yield _row(f"memory, {line['images']} small photos: {line['what']}", f"peak MB {marks}")
@@ -144,6 +154,7 @@ ROWS: dict[str, Callable[[Line], Iterator[str]]] = {
     "parity": _parity,
     "end to end": _end_to_end,
     "cache hits": _cache_hits,
+    "object store": _object_store,
     "memory": _memory,
     "aggregate": _aggregate,
     "load": _load,

@@ -95,7 +95,7 @@ class Ahead:
         finally:
             with self._changed:
                 fetch.over = True
-                self._usual = max(size, self._usual * 3 // 4)
+                self._usual = max(size, self._usual // 2)
                 self._set_aside(fetch, size)
 
     def _may_come(self, fetch: _Fetch) -> bool:

@@ -181,6 +181,7 @@ class PhotoFolder(Photos):
         pauses: tuple[float, ...] = RETRY_S,
     ) -> None:
         self.root: Path = Path(os.path.abspath(root))
+        self._given = root  # as people know it
         self.follow_symlinks = follow_symlinks
         self.max_bytes = max_bytes
         self.pauses = pauses
@@ -188,7 +189,7 @@ class PhotoFolder(Photos):
 
     def check(self) -> tuple[int, int]:
         """Which folder it is now, by device and inode; DataError: none that may be entered."""
-        return check_image_root(self.root)
+        return check_image_root(self._given)
 
     def stat(self, storage_path: str | None) -> FileStat:
         """As of Photos."""

@@ -43,49 +43,46 @@ _HASTY: "RetryConfig" = {"max_retries": 2, "retry_timeout": timedelta(seconds=5)
 class _Terms(NamedTuple):
     """What a kind of store calls what may be wrong with it."""
 
-    where: str  # the bucket is
-    region: str
+    place: str
     credentials: str
     rights: str
 
 
-_S3 = _Terms(
-    "AWS_ENDPOINT_URL", "AWS_REGION",
-    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
-    "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
-)  # fmt: skip
 _TERMS = {
-    "s3": _S3,
-    "gs": _S3._replace(
-        where="network", region="network", credentials="GOOGLE_SERVICE_ACCOUNT",
-        rights="storage.objects.get and storage.objects.list",
+    "s3": _Terms(
+        "IMAGE_ROOT_DIR, AWS_REGION and AWS_ENDPOINT_URL",
+        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
+        "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
+    ),
+    "gs": _Terms(
+        "IMAGE_ROOT_DIR", "GOOGLE_SERVICE_ACCOUNT", "storage.objects.get and storage.objects.list"
     ),
     "az": _Terms(
-        "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
+        "IMAGE_ROOT_DIR and AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
         "Storage Blob Data Reader",
     ),
 }  # fmt: skip
-_WEB = _Terms("IMAGE_ROOT_DIR", "IMAGE_ROOT_DIR", "a server that asks for none", "reading")
+_WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that lets anyone read")
 
 NO_BUCKET = "NoSuchBucket|ContainerNotFound"
 
 # What an answer means, by the first of these that its text has: found, hint.
 _FAULTS = (
     (NO_BUCKET + "|status code: 404",
-     "no such bucket", "see IMAGE_ROOT_DIR and {where}"),
+     "no such bucket", "see {place}"),
     (r"BareRedirect|PermanentRedirect|AuthorizationHeaderMalformed|status code: 30\d",
-     "a bucket of another region", "see {region}"),
+     "a bucket of another region", "see {place}"),
     (r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|status code: 401"
      r"|AuthenticationFailed",
      "credentials that are refused", "see {credentials}"),
-    (r"status code: 403",
-     "no right to it", "it takes {rights}"),
+    (r"status code: 403", "no right to it", "it takes {rights}"),
     (r"status code: (429|503)|SlowDown", "a store that asks for fewer requests", "{later}"),
     (r"status code: 5\d\d", "a store that fails", "{later}"),
+    (r"status code: 4\d\d", "a request that is refused", "see {place}"),
     (r"/latest/(api|meta-data)|computeMetadata|metadata/identity",
      "no credentials", "export {credentials}"),
-    (r"kind: Timeout|TimedOut", "no answer in time", "see {where}; {later}"),
-    (r"kind: Connect", "nobody who answers", "see {where}; {later}"),
+    (r"kind: Timeout|TimedOut", "no answer in time", "see {place}; {later}"),
+    (r"kind: Connect", "nobody who answers", "see {place}; {later}"),
 )  # fmt: skip
 _LATER = "run it again when the store answers: nothing that was encoded is lost"
 
@@ -136,7 +133,10 @@ class PhotoStore(Photos):
         def look(path: str | None) -> FileStat | PhotoError:
             try:
                 name = self._name(path)
-                return self._checked(listed[name]) if name in listed else self.stat(path)
+                if name not in listed:
+                    return self.stat(path)
+                meta = listed[name]
+                return self._checked(meta) if meta else _missing()
             except PhotoError as error:
                 return error
 
@@ -172,8 +172,8 @@ class PhotoStore(Photos):
             )
         return FileStat(meta["size"], _version(meta))
 
-    def _listed(self, storage_paths: Sequence[str | None]) -> "dict[str, ObjectMeta]":
-        """Those that lists give, as long as one saves as many requests as are made at a time.
+    def _listed(self, storage_paths: Sequence[str | None]) -> "dict[str, ObjectMeta | None]":
+        """What lists tell, None: is not there, while each saves as many requests as go at a time.
 
         A list costs about what twelve requests do, and pages come one after another.
         """
@@ -182,14 +182,14 @@ class PhotoStore(Photos):
             with suppress(PhotoError):
                 wanted.add(self._name(path))
         names = sorted(wanted) if self._terms is not _WEB else []
-        found: dict[str, ObjectMeta] = {}
+        found: dict[str, ObjectMeta | None] = {}
         while len(names) >= REQUESTS:
             try:
                 page = self._page(names[0][:-1])
             except (PhotoError, StorageError):
                 break  # one by one, then
             here = bisect_right(names, max(page, default=""))
-            found |= {name: page[name] for name in names[:here] if name in page}
+            found |= {name: page.get(name) for name in names[:here]}
             if here < REQUESTS:
                 break
             names = names[here:]
@@ -220,20 +220,20 @@ class PhotoStore(Photos):
             return question()
         except (ValueError, InvalidPathError):
             raise PhotoError("outside", "the storage_path is no name of an object") from None
-        except FileNotFoundError as error:
-            if not re.search(NO_BUCKET, str(error)):
-                raise PhotoError("missing", "no such file") from None
-            failed: Exception = error
         except (BaseError, OSError, NotImplementedError) as error:
             failed = error
-        raise self._failure(name, failed)
+        if not isinstance(failed, FileNotFoundError):
+            raise self._failure(name, failed)
+        if re.search(NO_BUCKET, str(failed)):
+            self.check()  # which goes on, if only the photo is called so
+        raise _missing()
 
     def _failure(self, name: str, error: Exception) -> StorageError:
         """The error in words of ours, with the store's short ones: a status and a code."""
         said = str(error)
         found, hint = next(
             ((found, hint) for text, found, hint in _FAULTS if re.search(text, said)),
-            ("a connection that ends early", _LATER),
+            ("a connection that ends early", "{later}"),
         )
         answer = re.findall(r"status code: (\d{3})|<Code>(\w{1,40})</Code>", said)
         words = dict.fromkeys(filter(None, (word for pair in answer for word in pair)))
@@ -243,6 +243,10 @@ class PhotoStore(Photos):
             printable(f"{self.root}/{name}"),
             hint.format(later=_LATER, **self._terms._asdict()),
         )
+
+
+def _missing() -> PhotoError:
+    return PhotoError("missing", "no such file")
 
 
 def _version(meta: "ObjectMeta") -> int:
@@ -268,5 +272,5 @@ def _store(url: str, terms: _Terms, retries: "RetryConfig") -> "ObjectStore":
         raise SettingsError(
             "a URL and variables that lead to a store",
             kind[1] if kind else type(error).__name__, url,
-            f"see {terms.where} and {terms.credentials}",
+            f"see {terms.place}; {terms.credentials}",
         ) from None  # fmt: skip
