@@ -203,8 +203,14 @@ def encode_shard(path: Path, images: int, per_listing: int = 2, dim: int = 512) 
     return path
 
 
-def listing_vectors(path: Path, listings: int, dim: int = 512) -> Path:
-    """What aggregate writes, of random unit vectors."""
+def listing_vectors(
+    path: Path,
+    listings: int,
+    dim: int = 512,
+    vectors: np.ndarray | None = None,
+    first: int = 0,
+) -> Path:
+    """What aggregate writes, of these unit vectors or random ones, for listings from `first` on."""
     schema = parquet.listing_vectors(dim)
     made_by = {
         "export": {"force": False},
@@ -215,12 +221,18 @@ def listing_vectors(path: Path, listings: int, dim: int = 512) -> Path:
     with parquet.writer(path, schema, made_by) as writer:
         for start in range(0, listings, 4096):
             listing = np.arange(start, min(listings, start + 4096))
+            vec = (
+                unit_vectors(len(listing), dim, start)
+                if vectors is None
+                else pa.FixedSizeListArray.from_arrays(pa.array(vectors[listing].ravel()), dim)
+            )
+            listing += first
             columns = {
                 "generation": np.ones(len(listing), np.int32),
                 "listing_id": listing,
                 "edited_date": _days(listing),
                 **{name: [value] * len(listing) for name, value in IDENTITY.items()},
-                "vec": unit_vectors(len(listing), dim, start),
+                "vec": vec,
                 "n_images": np.full(len(listing), 4, np.int32),
             }
             writer.write_table(pa.table(columns, schema=schema), row_group_size=4096)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import search
+from pipeline import index, search
 from pipeline.cache import prune
 from pipeline.cache.parts import VECTORS
 from pipeline.database import target
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "status", _and_config(status.add_flags), status.main)
     _add(commands, "why", _and_config(why.add_flags), why.main)
     _add(commands, "search", _and_config(search.add_flags), search.main)
+    _add(commands, "index", _and_config(index.add_flags), index.by_hand)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "role-sql", _add_role, print_role_sql)
     _add(commands, "retire", retire.add_flags, retire.main)
@@ -51,6 +52,7 @@ _HELP = {
     "status": "count the listings: left out, with a vector, pending, waiting; and the next run",
     "why": "tell one listing's way from its rows to its vector",
     "search": "find the listings nearest to a listing, to photos or to words",
+    "index": "build an HNSW index on the vectors of a key, and measure what it brings",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
     "role-sql": "print the SQL of a role that can run the job and nothing else",
     "retire": "delete vectors of gone listings, of earlier edits or of a key, as their owner",

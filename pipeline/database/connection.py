@@ -113,19 +113,35 @@ def connect(*, read_only: bool = False, repeatable: bool = False) -> Iterator[Co
     Times are read and written as UTC. `repeatable` gives the whole transaction one snapshot.
     Raises DatabaseUnreachable when nothing answers, DatabaseError for what else is wrong.
     """
-    dsn = data_source_name()
-    if dsn == NO_DATABASE:
-        raise DatabaseUnreachable("a database", "PG_DSN=none, which says there is none here")
-    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
-    os.environ.setdefault("PGAPPNAME", "listing-vectors")
-    connection = _open(dsn)
-    try:
+    with _opened(autocommit=False) as connection:
         with translated_errors(), connection.cursor() as cursor:
             level = "REPEATABLE READ" if repeatable else "READ COMMITTED"
             mode = "READ ONLY" if read_only else "READ WRITE"
             cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {level}, {mode}")
             cursor.execute("SET LOCAL TIME ZONE 'UTC'")
             cursor.execute("SET LOCAL datestyle = 'ISO, MDY'")
+        yield connection
+
+
+@contextmanager
+def session() -> Iterator[Cursor]:
+    """A cursor whose statements are a transaction each, as those with CONCURRENTLY must be.
+
+    Raises as `connect`.
+    """
+    with _opened(autocommit=True) as connection, connection.cursor() as cursor:
+        yield cursor
+
+
+@contextmanager
+def _opened(*, autocommit: bool) -> Iterator[Connection]:
+    dsn = data_source_name()
+    if dsn == NO_DATABASE:
+        raise DatabaseUnreachable("a database", "PG_DSN=none, which says there is none here")
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
+    os.environ.setdefault("PGAPPNAME", "listing-vectors")
+    connection = _open(dsn, autocommit)
+    try:
         yield connection
     finally:
         try:
@@ -134,10 +150,10 @@ def connect(*, read_only: bool = False, repeatable: bool = False) -> Iterator[Co
             log.debug("the connection was already gone")
 
 
-def _open(dsn: str) -> Connection:
+def _open(dsn: str, autocommit: bool) -> Connection:
     """Connect; what is raised was not raised from libpq's error, which may quote the password."""
     try:
-        connection: Connection = adbc_driver_postgresql.dbapi.connect(dsn)
+        connection: Connection = adbc_driver_postgresql.dbapi.connect(dsn, autocommit=autocommit)
         return connection
     except (adbc_driver_manager.Error, UnicodeError) as error:
         failure = _connect_error(str(error))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from adbc_driver_manager.dbapi import Cursor
 from pgvector import Vector
 
+from pipeline.database import hnsw
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import bind, fetch, quoted, translated_errors
 from pipeline.database.pending import ORDER, candidates_sql, table_names
@@ -21,7 +22,7 @@ from pipeline.stage import parquet
 from pipeline.stage.errors import DatabaseError
 from pipeline.stage.settings import Environment, Identity
 
-EF_SEARCH = "100"  # of an HNSW index, if there is one; the scan goes on until enough are found
+EF_SEARCH = 100  # of an HNSW index, if there is one; the scan goes on until enough are found
 
 _OF_KEY = "v.source = $1 AND v.model_rev = $2 AND v.pca_rev = $3"
 
@@ -44,6 +45,14 @@ class Neighbour:
     listing_id: int
     edited_date: datetime
     cosine: float
+
+
+@dataclass(frozen=True)
+class Query:
+    """A listing's own vector, float32 (dim,), of unit length."""
+
+    listing_id: int
+    vector: npt.NDArray[np.float32]
 
 
 class Neighbourhood:
@@ -70,6 +79,7 @@ class Neighbourhood:
                 " AND l.spam IS NULL)"
             )
         self._refuse_an_empty_key()
+        self._index = hnsw.of_key(cursor, environment, identity)
 
     def _refuse_an_empty_key(self) -> None:
         where = quoted(self._environment.vectors)
@@ -95,23 +105,54 @@ class Neighbourhood:
         vector: npt.NDArray[np.float32] = Vector.from_binary(found[0][0]).to_numpy()
         return vector
 
+    def sample(self, size: int) -> list[Query]:
+        """So many of the vectors, always the same, in no order that means anything."""
+        rows = fetch(
+            self._cursor,
+            f"SELECT v.listing_id, v.vec FROM {self._vectors}"
+            " ORDER BY hashint8(v.listing_id), v.listing_id LIMIT $4",
+            (*self._identity, size),
+        )
+        return [Query(listing, Vector.from_binary(vec).to_numpy()) for listing, vec in rows]
+
     def nearest(
-        self, vector: npt.NDArray[np.float32], top: int, but: int | None = None
+        self,
+        vector: npt.NDArray[np.float32],
+        top: int,
+        but: int | None = None,
+        ef_search: int = EF_SEARCH,
     ) -> list[Neighbour]:
         """The `top` nearest of a unit vector, nearest first, without listing `but`.
 
         DatabaseError: the vector is of another dimension than the table's.
         """
-        for name, value in (("ef_search", EF_SEARCH), ("iterative_scan", "strict_order")):
+        for name, value in (("ef_search", str(ef_search)), ("iterative_scan", "strict_order")):
             fetch(self._cursor, "SELECT set_config($1, $2, true)", (f"hnsw.{name}", value))
-        found = fetch(
-            self._cursor,
-            "SELECT v.listing_id, v.edited_date, -(v.vec <#> $4::text::vector) AS cosine"
-            f" FROM {self._vectors} AND v.listing_id IS DISTINCT FROM $5::bigint"
-            " ORDER BY v.vec <#> $4::text::vector LIMIT $6",
-            (*self._identity, Vector(vector).to_text(), but, top),
-        )
+        found = fetch(self._cursor, self._nearest(len(vector)), self._asked(vector, top, but))
         return [Neighbour(*row) for row in found]
+
+    def plan(self, vector: npt.NDArray[np.float32], top: int) -> str:
+        """How Postgres would find them, as its EXPLAIN has it in JSON."""
+        sql = f"EXPLAIN (FORMAT JSON) {self._nearest(len(vector))}"
+        return str(fetch(self._cursor, sql, self._asked(vector, top, None))[0][0])
+
+    def _asked(
+        self, vector: npt.NDArray[np.float32], top: int, but: int | None
+    ) -> tuple[str | int | None, ...]:
+        return (*self._identity, Vector(vector).to_text(), but, top)
+
+    def _nearest(self, dimension: int) -> str:
+        """Ordered by what the key's index is on, vectors or halves of them; cosines are exact."""
+        distance = "v.vec <#> $4::text::vector"
+        if self._index and self._index.definition.halfvec:
+            half = f"halfvec({dimension:d})"
+            distance = f"v.vec::{half} <#> $4::text::{half}"
+        return (
+            "SELECT * FROM (SELECT v.listing_id, v.edited_date,"
+            f" -(v.vec <#> $4::text::vector) AS cosine FROM {self._vectors}"
+            f" AND v.listing_id IS DISTINCT FROM $5::bigint ORDER BY {distance} LIMIT $6) found"
+            " ORDER BY cosine DESC"
+        )
 
     def candidates(self, of: list[tuple[int, datetime]]) -> pa.Table:
         """The scored candidates (parquet.CANDIDATES) of these (listing_id, edited_date)."""

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from adbc_driver_manager.dbapi import Cursor
 
-from pipeline.database import inputs, registry, rights, target, waiting
+from pipeline.database import hnsw, inputs, registry, rights, target, waiting
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import connect, fetch, quoted
 from pipeline.database.pending import Pending, prepare
@@ -34,7 +34,6 @@ NEARLY_ALL = 0.9  # of the rows: what leaves out so many is a misunderstanding, 
 PHOTOS = 20  # that are looked for
 LISTINGS = 1000  # that they are drawn from, lest the newest alone lack theirs for an hour
 IMAGE_ROWS = 100_000  # looked at for a generation; their number may be that of all photos
-SOUND_PGVECTOR = (0, 8, 4)
 
 
 class Finding(NamedTuple):
@@ -104,7 +103,8 @@ class Preflight:
                 registry.displaced(cursor, self.environment, self.chosen, self.model)
             rights.check_writing(cursor, self.environment)
             yield Finding("ok", f"target: {quoted(self.environment.vectors)}")
-            yield from _pgvector(cursor)
+            if fault := hnsw.faulty(cursor):
+                yield Finding("warn", f"pgvector: {fault}")
             yield from self._rows(cursor)
 
     def photos(self) -> Iterator[Finding]:
@@ -255,18 +255,6 @@ def _left_out(counted: inputs.Tally, where: str) -> Iterator[Finding]:
     if counted.said_no:
         text = f"{counted.said_no} of {counted.rows} rows whose spam is a text like 'no' in {where}"
         yield Finding("warn", f"listings: {text} are left out; hint: spam must be NULL there")
-
-
-def _pgvector(cursor: Cursor) -> Iterator[Finding]:
-    version = fetch(cursor, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
-    numbers = tuple(int(part) for part in version.split(".") if part.isdigit())
-    if numbers < SOUND_PGVECTOR:
-        sound = ".".join(map(str, SOUND_PGVECTOR))
-        yield Finding(
-            "warn",
-            f"pgvector: {version}, whose indexes have faults that {sound} mends; hint: update the"
-            " package on the server, then ALTER EXTENSION vector UPDATE",
-        )
 
 
 def _selected(cursor: Cursor, pending: Pending, chosen: Settings) -> list[str | None]:
