@@ -3,7 +3,7 @@
 # results/<rule>/...     what the rule writes; <shard> is N-of-M, all images of a listing in one
 # logs/<rule>/...        what it said
 #
-# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark · report
+# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark · report · index
 #
 # params name the settings that decide what a rule writes: one that changes reruns it.
 # resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
@@ -71,6 +71,7 @@ localrules:
     export,
     load,
     report,
+    index,
 
 
 onstart:
@@ -284,6 +285,30 @@ rule report:
         " --output {output.page:q}"
         " {params.settings}"
         " --cache-dir {resources.cache_dir:q}"
+        " --log {log:q}"
+
+
+rule index:
+    """HNSW on the loaded vectors."""
+    input:
+        flow.table(AGGREGATED),
+    output:
+        report="results/index/index.json",
+    log:
+        "logs/index.log",
+    retries: 0
+    conda:
+        "environment.yml"
+    resources:
+        lock_timeout_s=settings.lock_timeout_s,
+    params:
+        settings=flow.flags(*KEY),
+        code=code("index"),
+    shell:
+        "python -m pipeline.index"
+        " --report {output.report:q}"
+        " {params.settings}"
+        " --lock-timeout-s {resources.lock_timeout_s}"
         " --log {log:q}"
 
 

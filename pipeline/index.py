@@ -71,7 +71,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     _add_flags(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    settings.add_flags(parser, "lock_timeout_s")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -96,9 +95,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def by_hand(args: argparse.Namespace) -> None:
     """`python -m pipeline index`: build and measure, for a person or in JSON."""
     named = {n: getattr(args, n) for n in Identity._fields if getattr(args, n) is not None}
-    chosen = settings.read_config(args.config).model_copy(
-        update=named | {"lock_timeout_s": settings.from_flags(args).lock_timeout_s}
-    )
+    chosen = settings.read_config(args.config).model_copy(update=named)
     identity = chosen.identity if chosen.model_rev else identity_of(chosen, model_of(chosen))
     report = index(args, chosen, Environment.read(), identity)
     print(json.dumps(report) if args.json else "\n".join(table(report)))

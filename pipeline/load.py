@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from adbc_driver_manager.dbapi import Connection, Cursor
 
-from pipeline.database import registry, target, waiting
+from pipeline.database import hnsw, registry, target, waiting
 from pipeline.database.connection import (
     bind,
     connect,
@@ -114,6 +114,7 @@ def _load_once(
             target.check(cursor, environment, dim)
             if parquet.rows([args.vectors]):
                 replaced = _claim_key(cursor, environment, identity, made_by, force)
+            _warn_of_an_index(cursor, environment, identity, parquet.rows([args.vectors]))
         staged = stage(connection, args.vectors, dim)
         inserted, updated = _merge(connection, environment, force)
         if replaced is not None:
@@ -124,6 +125,19 @@ def _load_once(
         with translated_errors():
             connection.commit()
     return {"inserted": inserted, "updated": updated, "unchanged": staged - inserted - updated}
+
+
+def _warn_of_an_index(
+    cursor: Cursor, environment: Environment, identity: Identity, rows: int
+) -> None:
+    """Say so where a load into an index takes longer than a load and a build anew."""
+    indexed = hnsw.rows_indexed(cursor, environment, identity)
+    if indexed is not None and hnsw.is_rebuilt_sooner(rows, indexed):
+        log.warning(
+            "%d rows go one by one into an HNSW index of %d, which takes longer than to build it"
+            " anew; hint: next time DROP INDEX first, and python -m pipeline index afterwards",
+            rows, indexed,
+        )  # fmt: skip
 
 
 def _claim_key(

@@ -466,7 +466,9 @@ def named_at(rule: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("stage", ["export", "select", "encode", "aggregate", "load", "benchmark"])
+@pytest.mark.parametrize(
+    "stage", ["export", "select", "encode", "aggregate", "load", "benchmark", "index"]
+)
 def test_a_rule_names_the_settings_of_its_command(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,10 @@ from pipeline.stage.settings import Environment, Identity
 SOUND_PGVECTOR = (0, 8, 4)
 MOST_DIMENSIONS = {False: 2000, True: 4000}  # of an index on vectors, and on halves of them
 
+# A load that adds more than this share of what an index has takes longer than a build anew:
+# measured, see 'An index' in docs/operating.md. Below so many rows neither takes long.
+REBUILT_SOONER, FEW = 0.25, 5000
+
 # Bytes of a vector in the graph while it is built in memory, beside its numbers: what pgvector
 # keeps of it, and 16 bytes for each of its 2 m neighbours and a few more on higher layers.
 _ELEMENT, _NEIGHBOUR = 200, 16
@@ -99,7 +103,7 @@ def of_key(cursor: Cursor, environment: Environment, identity: Identity) -> Inde
     return there if there and there.valid else None
 
 
-def indexed_rows(cursor: Cursor, environment: Environment, identity: Identity) -> int | None:
+def rows_indexed(cursor: Cursor, environment: Environment, identity: Identity) -> int | None:
     """About how many rows an HNSW index has that new rows of this key go into; None: there is none.
 
     Of indexes without a condition, ours or not, and of the key's own; the catalog's estimate.
@@ -113,6 +117,11 @@ def indexed_rows(cursor: Cursor, environment: Environment, identity: Identity) -
         (quoted(environment.vectors), name_of(environment, identity)),
     )
     return None if found[0][0] is None else max(0, int(found[0][0]))
+
+
+def is_rebuilt_sooner(rows: int, indexed: int) -> bool:
+    """Whether so many new rows take longer in an index of `indexed` than to build it anew."""
+    return rows > max(FEW, REBUILT_SOONER * indexed)
 
 
 def faulty(cursor: Cursor) -> str | None:
@@ -193,10 +202,11 @@ def build(
     cursor: Cursor, environment: Environment, identity: Identity, name: str, wanted: Definition
 ) -> None:
     """CREATE INDEX CONCURRENTLY and its comment; what cuts it off leaves one that is not valid."""
-    dimension = dimension_of(cursor, environment)
-    column = (
-        f"(vec::halfvec({dimension})) halfvec_ip_ops" if wanted.halfvec else "vec vector_ip_ops"
-    )
+    column = "vec vector_ip_ops"
+    if wanted.halfvec:
+        # Over ::vector, as the view and the function declare it: only so their queries match.
+        half = f"halfvec({dimension_of(cursor, environment):d})"
+        column = f"(vec::vector::{half}) halfvec_ip_ops"
     source, model_rev, pca_rev, purpose = _literals(
         cursor, [*identity, f"python -m pipeline index: the neighbours of {identity}"]
     )
