@@ -26,9 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     with material.work_folder(args.work) as folder, material.database(folder) as dsn:
         name, real = lifelike.of_photos(folder, args.threads)
-        searched(folder, dsn, name, real, args.vectors)
+        if args.vectors:
+            searched(folder, dsn, name, real, args.vectors)
         if args.rows:
-            psql(dsn, "TRUNCATE ml.img_vec512_v1")
             for line in loaded(folder, dsn, real, args.rows):
                 measure.emit("index: load", photos=name, rows=args.rows, **line)
 
@@ -51,6 +51,7 @@ def searched(folder: Path, dsn: str, name: str, real: lifelike.Vectors, rows: in
         for line in index.table(report):
             measure.say(line)
         measure.emit("index: search", photos=name, vectors=rows, **report)
+    psql(dsn, f'DROP INDEX ml."{report["index"]}"', "TRUNCATE ml.img_vec512_v1")
 
 
 def loaded(folder: Path, dsn: str, real: lifelike.Vectors, rows: int) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,8 @@ _REFUSED = {
               "make room there, then run it again: nothing that was encoded is lost"),
     "53200": ("free memory on the database's server", "",
               "see its log; fewer connections or a lower work_mem there would help"),
+    "57014": ("a statement that runs to its end", "",
+              "Ctrl-C, an administrator or statement_timeout ended it; run it again"),
     "53400": ("a statement within the limits of the database's server", "",
               "raise that limit for the job's role, with ALTER ROLE ... SET"),
 }  # fmt: skip
