@@ -131,12 +131,13 @@ def _warn_of_an_index(
     cursor: Cursor, environment: Environment, identity: Identity, rows: int
 ) -> None:
     """Say so where a load into an index takes longer than a load and a build anew."""
-    indexed = hnsw.rows_indexed(cursor, environment, identity)
-    if indexed is not None and hnsw.is_rebuilt_sooner(rows, indexed):
+    met = hnsw.met_by_a_load(cursor, environment, identity)
+    if met and hnsw.is_rebuilt_sooner(rows, met[1]):
         log.warning(
-            "%d rows go one by one into an HNSW index of %d, which takes longer than to build it"
-            " anew; hint: next time DROP INDEX first, and python -m pipeline index afterwards",
-            rows, indexed,
+            "%d rows go one by one into an HNSW index of about %d, which takes longer than to build"
+            " it anew; hint: as the owner, DROP INDEX %s before such a load, and python -m pipeline"
+            " index after it",
+            rows, met[1], met[0],
         )  # fmt: skip
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import adbc_driver_postgresql.dbapi as adbc
 import numpy as np
 import pytest
-from conftest import Database, Workspace, create_tables, new_database, new_environment
+from conftest import REPOSITORY, Database, Workspace, create_tables, new_database, new_environment
 from pgvector import Vector
 
 from pipeline import index
 from pipeline.database import hnsw
-from pipeline.database.connection import connect
+from pipeline.database.connection import connect, fetch
 from pipeline.database.neighbours import Neighbour, Neighbourhood
 from pipeline.index import MB, Machine, Resources, resources
 from pipeline.load import _warn_of_an_index  # the rest of a load has no part in it
@@ -345,6 +345,20 @@ def test_a_search_uses_it_and_finds_as_many_as_it_was_asked_for(market: Market, 
     assert sorted(found, key=lambda each: -each.cosine) == found
 
 
+def test_the_query_of_the_readme_uses_it(market: Market) -> None:
+    """It names the whole key, and orders by what the index is on."""
+    page = (REPOSITORY / "README.md").read_text()
+    query = page.split("ask for neighbours")[1].split("```sql\n")[1].split(";\n```")[0]
+    named = Identity("listing_images_topk5_v1", "ViT-B-32/laion2b_s34b_b79k", "")
+    market.fill(40, named)
+    market.index(identity=named)
+    with connect() as connection, connection.cursor() as cursor:
+        cursor.execute("SET LOCAL enable_sort = off")  # as it is on a large table
+        plan = fetch(cursor, f"EXPLAIN (FORMAT JSON) {query} OFFSET $1", (0,))[0][0]
+
+    assert hnsw.name_of(market.environment, named) in plan
+
+
 def test_the_report_is_right_where_the_answer_is_known(market: Market) -> None:
     """All are found; the scan is exact, and the smallest ef_search that is good is proposed."""
     report = market.index("--sample", "15")
@@ -448,7 +462,7 @@ def test_a_load_into_an_index_warns_where_a_build_is_sooner(
     with connect() as connection, connection.cursor() as cursor:
         _warn_of_an_index(cursor, market.environment, identity, rows)
 
-    assert warned == ("an HNSW index of 40, which takes longer" in caplog.text)
+    assert warned == ("an HNSW index of about 40, which takes longer" in caplog.text)
 
 
 def test_the_target_builds_it_after_the_load(finished: Workspace) -> None:

@@ -103,20 +103,22 @@ def of_key(cursor: Cursor, environment: Environment, identity: Identity) -> Inde
     return there if there and there.valid else None
 
 
-def rows_indexed(cursor: Cursor, environment: Environment, identity: Identity) -> int | None:
-    """About how many rows an HNSW index has that new rows of this key go into; None: there is none.
+def met_by_a_load(
+    cursor: Cursor, environment: Environment, identity: Identity
+) -> tuple[str, int] | None:
+    """The largest HNSW index that new rows of this key go into, and about how many rows it has.
 
-    Of indexes without a condition, ours or not, and of the key's own; the catalog's estimate.
+    The key's own, or one without a condition, ours or not. It costs one look into the catalog.
     """
     found = fetch(
         cursor,
-        "SELECT max(c.reltuples)::bigint FROM pg_index i"
+        "SELECT c.relname::text, greatest(c.reltuples, 0)::bigint FROM pg_index i"
         " JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam"
         " WHERE i.indrelid = to_regclass($1) AND a.amname = 'hnsw' AND i.indisready"
-        " AND (i.indpred IS NULL OR c.relname = $2)",
+        " AND (i.indpred IS NULL OR c.relname = $2) ORDER BY c.reltuples DESC LIMIT 1",
         (quoted(environment.vectors), name_of(environment, identity)),
     )
-    return None if found[0][0] is None else max(0, int(found[0][0]))
+    return (quoted((environment.vectors[0], found[0][0])), found[0][1]) if found else None
 
 
 def is_rebuilt_sooner(rows: int, indexed: int) -> bool:
