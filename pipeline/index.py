@@ -379,7 +379,7 @@ def measure(environment: Environment, identity: Identity, name: str, sample: int
             measured.append(
                 {"ef_search": ef_search, "recall": recall(exact, found), "ms": ms, "used": used}
             )
-    good = [each["ef_search"] for each in measured if (each["recall"] or 0) >= RECALL]
+    good = [m["ef_search"] for m in measured if m["used"] and (m["recall"] or 0) >= RECALL]
     return {
         "sample": len(queries),
         "top": TOP,
@@ -433,12 +433,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             f"{'ef_search ' + str(each['ef_search']):<17} {each['recall']:>9.3f}"
             f" {each['ms']:>8.1f} ms{unused}"
         )
-    if report["proposed_ef_search"]:
-        yield (
-            f"ef_search {report['proposed_ef_search']} finds {RECALL:.0%};"
-            f" search uses {report['search_uses']}"
-        )
-    else:
+    if proposed := report["proposed_ef_search"]:
+        yield f"ef_search {proposed} finds {RECALL:.0%}; search uses {report['search_uses']}"
+    elif report["measured"][-1]["used"]:
         yield f"none finds {RECALL:.0%}; hint: --m {2 * report['m']} --ef-construction 200"
 
 

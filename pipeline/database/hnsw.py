@@ -20,7 +20,7 @@ MOST_DIMENSIONS = {False: 2000, True: 4000}  # of an index on vectors, and on ha
 
 # A load that adds more than this share of what an index has takes longer than a build anew:
 # measured, see 'An index' in docs/operating.md. Below so many rows neither takes long.
-REBUILT_SOONER, FEW = 0.25, 5000
+REBUILT_SOONER, FEW = 0.15, 5000
 
 # Bytes of a vector in the graph while it is built in memory, beside its numbers: what pgvector
 # keeps of it, and 16 bytes for each of its 2 m neighbours and a few more on higher layers.
