@@ -89,7 +89,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N",
         help="processes that build beside the first; else one a core, or as the server has it",
     )  # fmt: skip
-    parser.add_argument("--sample", type=int, default=100, help="vectors to measure with (100)")
+    parser.add_argument(
+        "--sample", type=int, default=100, metavar="N", help="vectors to measure with (100)"
+    )
 
 
 def by_hand(args: argparse.Namespace) -> None:
@@ -274,8 +276,8 @@ class Builder:
         )  # fmt: skip
         if needed > taken.memory:
             log.warning(
-                "the graph takes about %d MB: what is beyond maintenance_work_mem is built many"
-                " times slower; hint: --maintenance-work-mem %d, if the server has as much",
+                "the graph takes about %d MB: what is beyond maintenance_work_mem is built"
+                " three times slower or worse; hint: --maintenance-work-mem %d, if the server has as much",
                 needed // MB, (needed + needed // 8) // MB,
             )  # fmt: skip
         start = time.monotonic()

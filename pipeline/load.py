@@ -114,7 +114,7 @@ def _load_once(
             target.check(cursor, environment, dim)
             if parquet.rows([args.vectors]):
                 replaced = _claim_key(cursor, environment, identity, made_by, force)
-            _warn_of_an_index(cursor, environment, identity, parquet.rows([args.vectors]))
+            warn_of_an_index(cursor, environment, identity, parquet.rows([args.vectors]))
         staged = stage(connection, args.vectors, dim)
         inserted, updated = _merge(connection, environment, force)
         if replaced is not None:
@@ -127,7 +127,7 @@ def _load_once(
     return {"inserted": inserted, "updated": updated, "unchanged": staged - inserted - updated}
 
 
-def _warn_of_an_index(
+def warn_of_an_index(
     cursor: Cursor, environment: Environment, identity: Identity, rows: int
 ) -> None:
     """Say so where a load into an index takes longer than a load and a build anew."""

@@ -20,11 +20,12 @@ from conftest import REPOSITORY, Database, Workspace, create_tables, new_databas
 from pgvector import Vector
 
 from pipeline import index
+from pipeline.__main__ import main as command_line
 from pipeline.database import hnsw
 from pipeline.database.connection import connect, fetch
 from pipeline.database.neighbours import Neighbour, Neighbourhood
 from pipeline.index import MB, Machine, Resources, resources
-from pipeline.load import _warn_of_an_index  # the rest of a load has no part in it
+from pipeline.load import warn_of_an_index
 from pipeline.stage.errors import PipelineError
 from pipeline.stage.settings import Environment, Identity, Settings
 
@@ -276,6 +277,26 @@ def test_a_build_ends_with_its_command(
     assert report["build"]
 
 
+def test_the_command_says_what_was_bought(
+    market: Market, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table for people, one line of JSON for programs."""
+    words = ["pipeline", "index", "--source", KEY.source, "--model-rev", KEY.model_rev]
+    said = []
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        command_line()
+        said.append(capsys.readouterr().out.splitlines())
+    people, (program,) = said
+    report = json.loads(program)
+
+    assert people[0].startswith(f'{NAME} on "ml"."img_vec512_v1": vector, m 16, ')
+    assert [["exact"], ["ef_search", "40"], ["ef_search", "100"], ["ef_search", "200"]] == [
+        line[:17].split() for line in people[2:6]
+    ]
+    assert (NAME, None, KEY.source) == (report["index"], report["build"], report["source"])
+
+
 def test_an_old_pgvector_is_refused(market: Market) -> None:
     """Its indexes lose rows: nothing is built."""
     market.execute("UPDATE pg_extension SET extversion = '0.8.3' WHERE extname = 'vector'")
@@ -472,7 +493,7 @@ def test_a_load_into_an_index_warns_where_a_build_is_sooner(
     if flags is not None:
         market.index(*flags)
     with connect() as connection, connection.cursor() as cursor:
-        _warn_of_an_index(cursor, market.environment, identity, rows)
+        warn_of_an_index(cursor, market.environment, identity, rows)
 
     assert warned == ("an HNSW index of about 40, which takes longer" in caplog.text)
 
