@@ -276,8 +276,8 @@ class Builder:
         )  # fmt: skip
         if needed > taken.memory:
             log.warning(
-                "the graph takes about %d MB: what is beyond maintenance_work_mem is built"
-                " three times slower or worse; hint: --maintenance-work-mem %d, if the server has as much",
+                "the graph takes about %d MB: what is beyond maintenance_work_mem is built three"
+                " times slower or worse; hint: --maintenance-work-mem %d, if the server has it",
                 needed // MB, (needed + needed // 8) // MB,
             )  # fmt: skip
         start = time.monotonic()
