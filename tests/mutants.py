@@ -15,7 +15,7 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
-from demo.postgres import embedded_postgres
+from demo.postgres import create_database, embedded_postgres
 
 MUTMUT = Path(sys.executable).with_name("mutmut")
 UNSEEN = ("survived", "no tests", "suspicious", "not checked")
@@ -28,13 +28,15 @@ def main() -> int:
         shutil.rmtree("mutants", ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as folder,
-        embedded_postgres(Path(folder, "postgres")),
+        embedded_postgres(server := Path(folder, "postgres")),
     ):
+        create_database(server, "with_pgvector")  # the one that conftest.py copies
         environment = {k: v for k, v in os.environ.items() if k != "LISTING_PHOTOS_DIR"}
         environment |= {
             "PATH": f"{MUTMUT.parent}{os.pathsep}{os.environ['PATH']}",
             "PYTEST_DEBUG_TEMPROOT": folder,
-            "TEST_SERVER": f"{folder}/postgres",  # one for all: each would start its own
+            "TEST_SERVER": str(server),  # one for all: each would start its own
+            "TEST_SECONDS": str(Path("mutants/mutmut-stats.json").resolve()),
         }
         subprocess.run([MUTMUT, "run", *names], env=environment, check=True)
     return report(names or ["*"])
