@@ -211,8 +211,7 @@ def _merge(connection: Connection, environment: Environment, force: bool) -> tup
 
 def _wire_schema() -> pa.Schema:
     fields = [f for f in parquet.listing_vectors(1) if f.name not in ("generation", "vec")]
-    fields.insert(-1, pa.field("vec", pa.binary()))
-    return pa.schema(fields)
+    return pa.schema([*fields, pa.field("vec", pa.binary())])
 
 
 def _messages(vectors: Path, failed: list[BaseException]) -> Iterator[pa.RecordBatch]:

@@ -144,7 +144,7 @@ def test_a_row_that_the_server_refuses_ends_the_copy(load: Load) -> None:
     """NaN amid several batches: one error, no row, and nobody waits for the reading thread."""
     rows = [(i, [1.0, 0.0, 0.0], 1) for i in range(2 * stage.BATCH_ROWS)]
     rows[stage.BATCH_ROWS + 1] = (-1, [float("nan"), 0.0, 0.0], 1)
-    with pytest.raises(DatabaseError, match="NaN not allowed in vector"):
+    with pytest.raises(DatabaseError, match=r"NaN not allowed in vector \(staging table\)"):
         load.run(*rows)
 
     assert [] == load.table()
@@ -420,6 +420,26 @@ def test_force_replaces_every_row_of_a_key_or_none(load: Load, part: str) -> Non
     assert sorted([made_by, {"encoder": ENCODER, "recipe": RECIPE}], key=str) == (
         sorted(load.registered(), key=str)
     )
+
+
+def test_what_force_changes_under_a_key_is_said(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parts that differ from the last load's, and no others."""
+    fp16, topk_2 = {**ENCODER, "precision": "fp16"}, {**RECIPE, "topk": 2}
+    for made_by in (
+        {},
+        {"encoder": fp16},
+        {"encoder": fp16, "recipe": topk_2},
+        {"encoder": {**fp16, "weights": "x"}},
+    ):
+        load.run((1, [1, 0, 0], 1), force=True, **made_by)
+
+    assert [
+        "this key's encoder or recipe changes in precision",
+        "this key's encoder or recipe changes in recipe",
+        "this key's encoder or recipe changes in weights, recipe",
+    ] == caplog.messages
 
 
 def test_an_earlier_edit_is_a_row_that_stays(load: Load) -> None:
