@@ -221,18 +221,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextmanager
-def copy_of(server: Path, template: str) -> Iterator[Database]:
-    """A database like this one, dropped at the end."""
-    name, admin = f"test_{uuid.uuid4().hex[:12]}", Database(postgres.dsn(server))
+def copy_of(original: Database) -> Iterator[Database]:
+    """A copy of a database that nobody is connected to, dropped at the end."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    before, template, after = re.split(r"/([^/?]+)(?=\?)", original.dsn)
+    admin = Database(f"{before}/postgres{after}")
     admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    yield Database(postgres.dsn(server, name))
+    yield Database(f"{before}/{name}{after}")
     admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @contextmanager
 def new_database(server: Path) -> Iterator[Database]:
     """A database with pgvector and nothing else, dropped at the end."""
-    with copy_of(server, WITH_PGVECTOR) as database:
+    with copy_of(Database(postgres.dsn(server, WITH_PGVECTOR))) as database:
         yield database
 
 
@@ -263,9 +265,7 @@ def new_workspace(folder: Path, database: Database, encoder: Path) -> Workspace:
 def fork_of(original: Workspace, folder: Path) -> Iterator[Workspace]:
     """A copy of a workspace: its folder with all mtimes, and its database."""
     shutil.copytree(original.folder, folder)
-    server = Path(re.findall(r"host=([^&]+)", original.database.dsn)[0].replace("%2F", "/"))
-    template = re.findall(r"/([^/?]+)\?", original.database.dsn)[0]
-    with copy_of(server, template) as database:
+    with copy_of(original.database) as database:
         yield Workspace(
             folder, database, original.encoder, new_environment(database.dsn), dict(original.config)
         )
@@ -284,17 +284,19 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_encoder(tmp_path_factory.mktemp("encoders") / "tiny", seed=1)
 
 
-@pytest.fixture
-def environment(empty_database: Database) -> dict[str, str]:
-    """The environment of a run, with nothing of the caller's settings in it."""
-    return new_environment(empty_database.dsn)
+@pytest.fixture(scope="session")
+def tables(server: Path) -> Iterator[Database]:
+    """A database with the three input tables and the target, to copy."""
+    with new_database(server) as database:
+        create_tables(database)
+        yield database
 
 
 @pytest.fixture
-def database(empty_database: Database) -> Database:
+def database(tables: Database) -> Iterator[Database]:
     """A database with the three input tables and the target, all empty."""
-    create_tables(empty_database)
-    return empty_database
+    with copy_of(tables) as database:
+        yield database
 
 
 @pytest.fixture
