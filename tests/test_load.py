@@ -14,7 +14,7 @@ import adbc_driver_postgresql.dbapi as adbc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Database, waits_for_a_lock
+from conftest import Database, copy_of, create_tables, new_database, waits_for_a_lock
 
 from pipeline import load as stage
 from pipeline.database import connection as connections
@@ -95,11 +95,21 @@ class Load:
         return dict(self.database.vectors("listing_id, updated_at"))
 
 
+@pytest.fixture(scope="module")
+def target_of_three(server: Path) -> Iterator[Database]:
+    """A database with a target of three dimensions, to copy."""
+    with new_database(server) as database:
+        create_tables(database, 3)
+        yield database
+
+
 @pytest.fixture
-def load(tmp_path: Path, empty_database: Database, monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.setenv("PG_DSN", empty_database.dsn)
-    target.create_tables(Environment.read({}), 3, inputs=False)
-    return Load(tmp_path, empty_database)
+def load(
+    tmp_path: Path, target_of_three: Database, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Load]:
+    with copy_of(target_of_three) as database:
+        monkeypatch.setenv("PG_DSN", database.dsn)
+        yield Load(tmp_path, database)
 
 
 def counts(receipt: dict[str, Any]) -> tuple[int, int, int]:
@@ -179,6 +189,17 @@ def test_a_table_of_another_dimension_stays_as_it_is(load: Load) -> None:
         target.create_tables(Environment.read({}), 4096, inputs=False)
 
     assert before == load.database.execute(stored)
+
+
+def test_creating_again_changes_nothing(load: Load) -> None:
+    """A table that is there stays as its owner has set it up."""
+    load.database.execute("ALTER TABLE ml.img_vec512_v1 ALTER vec SET STORAGE EXTERNAL")
+    target.create_tables(Environment.read({}), 3, inputs=False)
+
+    assert [("e",)] == load.database.execute(
+        "SELECT attstorage::text FROM pg_attribute WHERE attname = 'vec'"
+        " AND attrelid = 'ml.img_vec512_v1'::regclass"
+    )
 
 
 def test_creating_needs_the_extension_and_the_right(load: Load) -> None:
@@ -371,6 +392,13 @@ MIXING: dict[str, tuple[dict[str, Any], str, str]] = {
         " overwrite all of them with force",
     ),
 }
+
+
+def test_a_part_that_one_recipe_has_and_another_lacks_tells_them_apart() -> None:
+    """Whichever of the two is the newer code's."""
+    more, less = MadeBy({}, {"topk": 5, "projection": ""}), MadeBy({}, {"topk": 5})
+
+    assert [["projection"], ["projection"]] == [more.unlike(less), less.unlike(more)]
 
 
 @pytest.mark.parametrize("part", MIXING)
@@ -729,7 +757,7 @@ def test_the_roles_sql_names_the_tables_of_the_environment() -> None:
         'GRANT SELECT, INSERT, UPDATE ON "c"."v", "c"."v_encoders" TO "job";',
         'GRANT SELECT ON "c"."v_current" TO "job";',
     ] == [line for line in sql.splitlines() if line.startswith(("CREATE", "GRANT"))]
-    with pytest.raises(SettingsError, match="--role"):
+    with pytest.raises(SettingsError, match="^expected --role: "):
         target.role_sql(Environment.read(names), 'job"')
 
 

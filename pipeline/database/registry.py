@@ -207,7 +207,7 @@ def _made_by(encoder: str, recipe: str | None) -> MadeBy:
 def _values(kept: Container[str], made_by: MadeBy) -> dict[str, str]:
     """Column to JSON, of the columns that this registry has."""
     documents = {"encoder": made_by.encoder, "recipe": made_by.recipe}
-    return {name: json.dumps(d, sort_keys=True) for name, d in documents.items() if name in kept}
+    return {name: json.dumps(d) for name, d in documents.items() if name in kept}
 
 
 def _recipe(kept: Container[str]) -> str:
