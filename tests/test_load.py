@@ -191,10 +191,19 @@ def test_a_table_of_another_dimension_stays_as_it_is(load: Load) -> None:
     assert before == load.database.execute(stored)
 
 
-def test_creating_again_changes_nothing(load: Load) -> None:
-    """A table that is there stays as its owner has set it up."""
+def test_creating_again_changes_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are there stay as their owner has set them up, who may be another role."""
     load.database.execute("ALTER TABLE ml.img_vec512_v1 ALTER vec SET STORAGE EXTERNAL")
     target.create_tables(Environment.read({}), 3, inputs=False)
+    role = f"other_{os.getpid()}"
+    load.database.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        load.database.execute(f"GRANT CREATE, USAGE ON SCHEMA ml TO {role}")
+        monkeypatch.setenv("PG_DSN", load.database.dsn.replace("postgres@", f"{role}@", 1))
+        target.create_tables(Environment.read({}), 3, inputs=False)
+    finally:
+        load.database.execute(f"DROP OWNED BY {role}")
+        load.database.execute(f"DROP ROLE {role}")
 
     assert [("e",)] == load.database.execute(
         "SELECT attstorage::text FROM pg_attribute WHERE attname = 'vec'"
@@ -537,6 +546,28 @@ def test_a_registry_that_is_not_there_is_made(load: Load) -> None:
     load.database.execute(f"DROP TABLE {REGISTRY}")
     load.run((1, [1, 0, 0], 1))
 
+    assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
+
+
+def test_two_loads_that_make_the_registry_at_once_both_succeed(load: Load) -> None:
+    """The second waits for the first, and finds it made."""
+    load.database.execute(f"DROP TABLE {REGISTRY}")
+    outcome: list[int] = []
+
+    def second() -> None:
+        outcome.append(load.run((1, [1, 0, 0], 1))["inserted"])
+
+    with connections.connect() as first:
+        with first.cursor() as cursor:
+            registry.create(cursor, Environment.read({}))
+        thread = threading.Thread(target=second)
+        thread.start()
+        while thread.is_alive() and not waits_for_a_lock(load.database):
+            thread.join(0.01)
+        first.commit()
+    thread.join(60)
+
+    assert [1] == outcome
     assert [{"encoder": ENCODER, "recipe": RECIPE}] == load.registered()
 
 
