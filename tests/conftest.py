@@ -15,6 +15,7 @@ from typing import Any
 
 import adbc_driver_postgresql.dbapi as adbc
 import pytest
+from adbc_driver_manager.dbapi import Cursor
 from PIL import Image
 
 from demo import postgres
@@ -24,6 +25,7 @@ from pipeline.stage.settings import Environment
 
 REPOSITORY = Path(__file__).parent.parent
 T0 = "2026-01-01 12:00:00.000001+00"
+ADD_IMAGE = 'INSERT INTO "iPhone".iphone_image_assets VALUES ($1, $2, $3, $4)'
 WITH_PGVECTOR = "with_pgvector"  # a database to copy: six times as fast as making the extension
 
 
@@ -33,10 +35,16 @@ class Database:
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
 
-    def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a statement; returns its rows, if it has any."""
+    @contextmanager
+    def cursor(self) -> Iterator[Cursor]:
+        """On a connection of its own, which takes longer to make than most statements to run."""
         with adbc.connect(self.dsn, autocommit=True) as connection, connection.cursor() as cursor:
             cursor.execute("SET TIME ZONE 'UTC'")
+            yield cursor
+
+    def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Run a statement; returns its rows, if it has any."""
+        with self.cursor() as cursor:
             cursor.execute(sql, parameters or None)
             return list(cursor.fetchall()) if cursor.description else []
 
@@ -51,21 +59,20 @@ class Database:
         spam: str | None = None,
     ) -> None:
         """A listing and its images, numbered from 0."""
-        self.execute(
-            'INSERT INTO "iPhone".iphone_listings VALUES ($1, $2, $3::text::timestamptz, $4, $5)',
-            generation, listing_id, edited_date, url, spam,
-        )  # fmt: skip
-        for index, path in enumerate(paths):
-            self.add_image(listing_id, index, path, generation=generation)
+        with self.cursor() as cursor:
+            cursor.execute(
+                'INSERT INTO "iPhone".iphone_listings'
+                " VALUES ($1, $2, $3::text::timestamptz, $4, $5)",
+                (generation, listing_id, edited_date, url, spam),
+            )
+            for index, path in enumerate(paths):
+                cursor.execute(ADD_IMAGE, (generation, listing_id, index, path))
 
     def add_image(
         self, listing_id: int, image_index: int, path: str | None, *, generation: int = 1
     ) -> None:
         """One image row."""
-        self.execute(
-            'INSERT INTO "iPhone".iphone_image_assets VALUES ($1, $2, $3, $4)',
-            generation, listing_id, image_index, path,
-        )  # fmt: skip
+        self.execute(ADD_IMAGE, generation, listing_id, image_index, path)
 
     def add_features(
         self,
