@@ -50,6 +50,8 @@ def report(names: list[str]) -> int:
         Counter((n.rpartition(".")[0], e) for n, e in ends.items()).items()
     ):
         print(f"{module:30} {count:4} {end}")
+    for name in (name for name, end in ends.items() if end == "timeout"):
+        print(f"{name}: ran out of time, as a sound one may on a machine that is busy")
     explained = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
     unexplained = 0
     for name in (name for name, end in ends.items() if end in UNSEEN):
