@@ -15,7 +15,7 @@ from conftest import T0, Database
 from pipeline import export
 from pipeline.database import connection as postgres
 from pipeline.database.inputs import check_inputs
-from pipeline.database.pending import prepare
+from pipeline.database.pending import Digest, has_any, prepare
 from pipeline.database.waiting import CANDIDATES_SQL, NOBODY, LeftOut
 from pipeline.stage import parquet
 from pipeline.stage.errors import DatabaseError
@@ -33,9 +33,8 @@ class Source:
         self.environ: dict[str, str] = {}
         self.caplog = caplog
 
-    def _query(
-        self, name: str, waiting: LeftOut, settings: dict[str, Any]
-    ) -> list[tuple[Any, ...]]:
+    def query(self, name: str, waiting: LeftOut = NOBODY, **settings: Any) -> list[tuple[Any, ...]]:
+        """The rows of one of the queries."""
         environment = Environment.read(self.environ)
         with (
             postgres.connect(read_only=True, repeatable=True) as connection,
@@ -48,18 +47,18 @@ class Source:
 
     def listings(self, waiting: LeftOut = NOBODY, **settings: Any) -> list[tuple[int, int, str]]:
         """(generation, listing_id, seconds of edited_date) of what is pending."""
-        rows = self._query("listings", waiting, settings)
+        rows = self.query("listings", waiting, **settings)
         return [(generation, listing, f"{edited:%S.%f}") for generation, listing, edited in rows]
 
     def candidates(self, **settings: Any) -> list[tuple[Any, ...]]:
         """(listing_id, image_index, storage_path, score, stock, screenshot)."""
-        return [(row[1], *row[3:]) for row in self._query("candidates", NOBODY, settings)]
+        return [(row[1], *row[3:]) for row in self.query("candidates", **settings)]
 
     def digest(self, **settings: Any) -> tuple[Any, ...]:
-        return self._query("digest", NOBODY, settings)[0][:4]
+        return self.query("digest", **settings)[0][:4]
 
     def rest(self, **settings: Any) -> int:
-        return int(self._query("rest", NOBODY, settings)[0][0])
+        return int(self.query("rest", **settings)[0][0])
 
     def export(self, **settings: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The rows of listings.parquet and images.parquet."""
@@ -492,6 +491,127 @@ def test_the_digest_changes_with_what_is_pending(
     assert before == again
     assert (1, 1) == before[:2]
     assert before != pending.digest()
+
+
+def figures(pending: Source, waiting: LeftOut = NOBODY, **settings: Any) -> dict[str, int]:
+    """The digest without its sums; zeros left out."""
+    found = Digest(*pending.query("digest", waiting, **settings)[0])._asdict()
+    return {name: n for name, n in found.items() if n and not name.endswith("_sum")}
+
+
+def test_the_digest_says_how_much_is_pending_and_why(pending: Source) -> None:
+    """Photos as select takes them, and who waited, was edited or is forced; the others are new."""
+    add, features = pending.database.add_listing, pending.database.add_features
+    add(1, ["a", "b", "c"])
+    features(1, 0, stock=True)
+    add(2, ["d", "e"])
+    features(2, 0, screenshot=True)
+    features(2, 1, stock=True)  # nothing else: its first ones count
+    done(pending.database, 2, LATER)
+    add(3, ["f"])
+    add(4, ["g"])
+    done(pending.database, 4)
+    nobody = NOBODY.looked_at
+    changed = LeftOut.of(nobody, nobody, who_waits(3).looked_at)
+
+    assert {
+        "listings": 3, "images": 6, "photos": 5, "due": 3, "changed": 1, "edited": 1,
+    } == figures(pending, changed, topk=2)  # fmt: skip
+    assert {"listings": 3, "images": 6, "photos": 5, "due": 3, "edited": 1} == (
+        figures(pending, exclude_stock=False)
+    )
+    assert 4 == figures(pending, exclude_screenshots=False)["photos"]
+    assert {
+        "listings": 3, "images": 6, "photos": 5, "due": 4, "edited": 1,
+    } == figures(pending, changed, force=True, limit_listings=3)  # fmt: skip
+    assert {"listings": 4, "images": 7, "photos": 6, "due": 4, "edited": 1, "forced": 1} == (
+        figures(pending, force=True)
+    )
+
+
+def test_each_listing_stands_in_one_place(pending: Source) -> None:
+    """Of the eligible: with a vector or not; and who waits, by reason, unless it is done."""
+    for listing in range(1, 7):
+        pending.database.add_listing(listing, [f"{listing}.jpg"])
+    pending.database.add_listing(7, ["7.jpg"], spam="spam")
+    done(pending.database, 1)
+    done(pending.database, 2)
+    seen = who_waits(2, 3, 4).looked_at
+    unseen = who_waits(5, reason="broken", looked_at=False).unseen
+    waiting = LeftOut.of(seen, unseen.append_column("candidates", [[""]]), NOBODY.looked_at)
+
+    assert [("broken", 1), ("eligible", 6), ("missing", 2), ("unfinished", 4)] == (
+        sorted(pending.query("standing", waiting))
+    )
+    assert [("eligible", 6), ("unfinished", 4)] == sorted(pending.query("standing"))
+    assert [("eligible", 6), ("unfinished", 4)] == (
+        sorted(pending.query("standing", waiting, force=True))
+    )
+    assert {(None, 6), ("spam", 1)} == set(pending.query("judged"))
+
+
+def test_what_is_due_knows_no_limit(pending: Source) -> None:
+    """It is all that is pending, and nobody who waits."""
+    for listing in (1, 2, 3):
+        pending.database.add_listing(listing, [f"{listing}.jpg"])
+
+    assert {2, 3} == {row[1] for row in pending.query("due", who_waits(1), limit_listings=1)}
+
+
+def test_a_sample_is_of_whole_listings(pending: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of the pending as SAMPLE says, with all of their candidates."""
+    monkeypatch.setattr("pipeline.database.pending.SAMPLE", 2)
+    for listing in (1, 2, 3):
+        pending.database.add_listing(listing, [f"{listing}/0.jpg", f"{listing}/1.jpg"])
+    everything, found = pending.query("candidates"), pending.query("sample")
+    sampled = {row[1] for row in found}
+
+    assert 2 == len(sampled)
+    assert [row for row in everything if row[1] in sampled] == found
+
+
+def test_witnesses_are_listings_that_had_photos(pending: Source) -> None:
+    """The newest that have a vector, under whatever key: their best photos that have a path."""
+    add = pending.database.add_listing
+    add(1, ["1/0.jpg", None, "1/2.jpg", *[f"1/{i}.jpg" for i in range(3, 7)]])
+    pending.database.add_features(1, 6, quality=4)
+    add(2, ["2/0.jpg"])
+    add(3, ["3/0.jpg"], edited_date=LATER)
+    add(4, ["4/0.jpg"], spam="spam")
+    done(pending.database, 1, source="other")
+    done(pending.database, 3, LATER)
+    done(pending.database, 4)
+
+    assert [["3/0.jpg"], ["1/6.jpg", "1/0.jpg", "1/2.jpg", "1/3.jpg", "1/4.jpg"]] == (
+        [paths for *_, paths in pending.query("witnesses")]
+    )
+
+
+def test_an_export_is_of_this_database_if_one_of_its_listings_is(pending: Source) -> None:
+    """By id and edit, to the microsecond."""
+    pending.database.add_listing(1, ["1.jpg"])
+    there, later = datetime.fromisoformat(T0), datetime.fromisoformat(LATER)
+    environment = Environment.read({})
+    with postgres.connect() as connection, connection.cursor() as cursor:
+        found = [
+            has_any(cursor, environment, listings)
+            for listings in ([(1, there)], [(2, there), (1, there)], [(1, later)], [(2, there)], [])
+        ]
+
+    assert [True, True, False, False, False] == found
+
+
+def test_the_queries_wait_for_no_lock_longer_than_they_may(pending: Source) -> None:
+    """From here to the end of the transaction."""
+    chosen = Settings(model_rev="m", source="s", lock_timeout_s=7)
+    shown = "SELECT current_setting('lock_timeout')"
+    with postgres.connect() as connection, connection.cursor() as cursor:
+        prepare(cursor, Environment.read({}), chosen)
+        inside = postgres.fetch(cursor, shown)
+        connection.rollback()
+
+        assert [("7s",)] == inside
+        assert [("7s",)] != postgres.fetch(cursor, shown)
 
 
 def test_the_digest_ignores_what_makes_no_difference(pending: Source) -> None:
