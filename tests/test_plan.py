@@ -444,8 +444,9 @@ def test_the_plan_is_said_once(
 
 
 def test_where_the_listings_stand(
-    exported: Callable[..., str], database: Database, asked: list[dict[str, Any]]
-) -> None:
+    exported: Callable[..., str], database: Database, asked: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Under the whole key, whatever is forced: with a vector, pending, or waiting."""
     flow = Workflow({"force": True})
     before = flow.standing()
@@ -462,6 +463,11 @@ def test_where_the_listings_stand(
         " 1 wait for other files or rows (1 missing)"
     ) == flow.standing()
     assert asked == [{"read_only": True, "repeatable": True}] * len(asked)
+    capsys.readouterr()
+    unforced = Workflow({})
+    unforced.shards(snakemake())
+    unforced.table([])(None)
+    assert capsys.readouterr().err.startswith("1 listing pending: 1 new;")
 
 
 def test_the_split_at_hand_is_kept_with_its_export(

@@ -147,7 +147,7 @@ class Workflow:
         """
         state, photos, line = self._pending_state(self._recorded)
         if state is None:
-            return Plan(self._recorded if self._is_current(self._recorded) else None, 0, line)
+            return Plan(self._recorded if self._is_current(self._recorded) else None, photos, line)
         wanted = self._wanted(state)
         return Plan(self._recorded if _same(self._recorded, wanted) else wanted, photos, line)
 
@@ -182,7 +182,7 @@ class Workflow:
             digest = Digest(*fetch(cursor, pending.digest)[0])
             line = self._line(cursor, pending, digest) if self._speaks else ""
         if not digest.listings:
-            return None, 0, line
+            return None, digest.photos, line
         sums = _digest([digest.listings_sum, digest.images_sum])
         state = {
             "pending": f"{digest.listings} listings, {digest.images} images, {sums}",
@@ -222,7 +222,7 @@ class Workflow:
     def _say_plan(self) -> None:
         """Print the plan, once, on standard error: what is asked for may be a picture."""
         if self._speaks and isinstance(self._asked, Plan):
-            print(self._asked.line, file=sys.stderr, flush=True)
+            print(self._asked.line, file=sys.stderr)
         self._speaks = False
 
     def _refuse_mixing(self, cursor: Cursor, rest: str) -> None:
