@@ -846,9 +846,13 @@ def test_a_failed_load_writes_nothing(load: Load) -> None:
             " found timestamp without time zone",
         ),
         ("ALTER TABLE ml.img_vec512_v1 DROP COLUMN n_images", "n_images integer, found no such"),
+        (
+            "ALTER TABLE ml.img_vec512_v1 DROP COLUMN vec",
+            "expected column vec vector(3), the model's dimension, found no such column (",
+        ),
         ("DROP EXTENSION vector CASCADE", "the pgvector extension, found none in this database"),
     ],
-    ids=["table", "dimension", "type", "no key", "key", "date", "column", "extension"],
+    ids=["table", "dimension", "type", "no key", "key", "date", "column", "vec", "extension"],
 )
 def test_a_target_of_another_shape_is_refused(load: Load, change: str, message: str) -> None:
     """One line with what was expected, what was found and a hint; nothing is written."""

@@ -264,6 +264,19 @@ def test_a_ledger_in_disorder_leaves_nobody_out(
         assert "\n" not in message
 
 
+def test_what_was_tried_of_a_listing_is_known_by_edit(nights: Nights) -> None:
+    """The files and their errors, of this key alone; nothing of a listing that never failed."""
+    nights.remember(failed(1, "a"), failed(1, "b", None, newer=1), failed(2, "c"))
+    found = waiting.files_of(nights.chosen, KEY, 1)
+
+    assert {T0: [_tried("e") | {"storage_path": "a"}]} == {T0: found.pop(T0)}
+    assert {T0 + timedelta(microseconds=1): ["b", None]} == {
+        edit: [file["storage_path"] for file in files] for edit, files in found.items()
+    }
+    assert {} == waiting.files_of(nights.chosen, KEY, 3)
+    assert {} == waiting.files_of(nights.chosen, KEY._replace(pca_rev="p"), 1)
+
+
 def test_who_is_tried_again_waits_no_more(nights: Nights) -> None:
     """From the export on, whatever becomes of the run; an earlier edit that is tried ends none."""
     nights.remember(failed(1, "a"), failed(2, "b"), failed(3, "c", newer=1))
