@@ -1,5 +1,6 @@
 """Days of which nothing is told, since those who wait there are as they were."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -30,15 +31,21 @@ def market(database: Database, monkeypatch: pytest.MonkeyPatch) -> Database:
     return database
 
 
-def asked() -> tuple[list[int], list[int], Standing]:
-    """Who is pending, whose keys went to Postgres, and where all stand, with none looked at."""
+def ledger(listings: Sequence[int]) -> pa.Table:
+    """Rows of these; their candidates have changed since."""
     rows: list[dict[str, Any]] = [
         {"generation": 1, "listing_id": n, "edited_date": edited(n), "limits": "", "files": [],
-         "candidates": "", "reason": "broken" if n == 1 else "missing"}
-        for n in reversed(LISTINGS)
+         "candidates": "others", "reason": "broken" if n == 1 else "missing"}
+        for n in reversed(listings)
     ]  # fmt: skip
-    none = LEDGER.empty_table()
-    waiting = LeftOut.of(none, pa.Table.from_pylist(rows, LEDGER), none)
+    return pa.Table.from_pylist(rows, LEDGER)
+
+
+def asked(
+    unseen: Sequence[int] = LISTINGS, looked_at: Sequence[int] = ()
+) -> tuple[list[int], list[int], Standing]:
+    """Who is pending, whose keys of the unseen went to Postgres, and where all stand."""
+    waiting = LeftOut.of(ledger(looked_at), ledger(unseen), ledger([]))
     chosen = Settings(source="s", model_rev="m")
     with connect(read_only=True, repeatable=True) as connection, connection.cursor() as cursor:
         pending = prepare(cursor, Environment.read({}), chosen, waiting)
@@ -55,6 +62,14 @@ def test_nothing_is_told_of_days_that_are_as_they_were(market: Database) -> None
 
     assert [] == pending == told
     assert Standing(8, 0, {"missing": 7, "broken": 1}) == standing
+
+
+def test_whose_files_were_looked_at_is_told(market: Database) -> None:
+    """A day is settled by those alone of whom no file was looked at, though that be one or none."""
+    market.execute('DELETE FROM "iPhone".iphone_listings WHERE listing_id > 3')
+
+    assert ([3, 2, 1], [], Standing(3, 0, {})) == asked([], looked_at=[1, 2, 3])
+    assert ([2, 1], [], Standing(3, 0, {"missing": 1})) == asked([3], looked_at=[1, 2])
 
 
 CHANGES: dict[str, tuple[str, list[int], list[int], Standing]] = {

@@ -15,7 +15,6 @@ from pipeline.database import waiting
 from pipeline.database.waiting import NOBODY, Files, LeftOut
 from pipeline.photos.files import PhotoFolder
 from pipeline.stage import parquet
-from pipeline.stage.errors import StorageError
 from pipeline.stage.settings import Identity, Settings
 
 T0 = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
@@ -162,6 +161,8 @@ def test_a_plan_looks_at_some_and_leaves_out_all(
     assert range(4, 6) == second
     assert ([], [2, 3, 6]) == nights.left_out()
     assert ([], []) == nights.left_out(max_image_bytes=1)
+    assert [0, 1, 4, 5] == nights.judged().changed["listing_id"].to_pylist()
+    assert [*range(7)] == sorted(nights.judged(max_image_bytes=1).changed["listing_id"].to_pylist())
 
 
 def test_all_are_looked_at_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,22 +225,26 @@ def test_each_file_is_looked_at_once(nights: Nights, monkeypatch: pytest.MonkeyP
 def test_a_file_system_that_fails_is_said_once(
     nights: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who waits for it waits on, and it is not asked for each file."""
+    """Who waits for it waits on; it is asked once, for the first file."""
     asked = []
 
     def fails(folder: PhotoFolder, path: str) -> Any:
         asked.append(path)
-        raise StorageError("a photo", "Input/output error", path)
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("pipeline.photos.files.STAT_THREADS", 1)
-    monkeypatch.setattr(PhotoFolder, "stat", fails)
+    monkeypatch.setattr("pipeline.photos.root.RETRY_S", (0.0,))  # of a stage, that has the time
+    monkeypatch.setattr(PhotoFolder, "_stat", fails)
     nights.remember(failed(1, "a", "b"), failed(2, "c"))
+    files = nights.files()
+    looked_at = waiting.left_out(files, nights.chosen, KEY).looked_at
 
-    assert ([1, 2], []) == nights.left_out()
+    assert [1, 2] == looked_at["listing_id"].to_pylist()
+    assert "" == waiting.changed_files(files, nights.folder / "without")
     assert ["a"] == asked
     (said,) = caplog.messages
     assert said.endswith("; listings that wait for files wait on")
-    assert "Input/output error (a)" in said
+    assert "found input/output error (a)" in said
 
 
 @pytest.mark.parametrize(
@@ -288,11 +293,13 @@ def test_who_is_tried_again_waits_no_more(nights: Nights) -> None:
     assert ([3, 2], []) == nights.left_out()
 
 
-def test_a_release_makes_no_ledger(nights: Nights) -> None:
-    """Where nobody waits, there is nothing to write."""
+def test_nobody_waits_and_no_ledger_is_made(nights: Nights) -> None:
+    """Neither by an export nor by a load that leaves nobody out."""
     waiting.release(nights.write("tried", parquet.LISTINGS, [failed(1)]), nights.chosen, KEY)
 
     assert not nights.ledger.parent.exists()
+    assert 0 == nights.remember(tried=(failed(1),))
+    assert not nights.ledger.exists()
 
 
 def test_a_ledger_that_cannot_be_replaced_is_a_warning(

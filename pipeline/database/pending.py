@@ -278,7 +278,7 @@ def prepare(
     if skip_waiting:
         names["not_done"] = _NOT_DONE.format(**names)
         days, by_reason, others = settle(cursor, waiting, _ELIGIBLE.format(**names))
-        bind(cursor, {**_arrays(others), "settled": _array(days)})
+        bind(cursor, {**_arrays(others), "settled": "{" + ",".join(map(str, days)) + "}"})
         names["not_settled"] = NOT_SETTLED if by_reason else ""
     candidates = candidates_sql(cursor, environment)
     names["candidates_of_waiting"] = candidates.format(relation="looked_at", **names)

@@ -44,7 +44,7 @@ NOT_SETTLED = f"""
 class Settled(NamedTuple):
     """Who waits on settled days, and who else waits."""
 
-    days: pa.ChunkedArray  # the first microsecond of each, counted from 1970
+    days: list[int]  # the first microsecond of each, counted from 1970
     by_reason: Counter[str]
     others: LeftOut
 
@@ -56,7 +56,7 @@ def settle(cursor: Cursor, waiting: LeftOut, unfinished: str) -> Settled:
     """
     unseen = waiting.unseen
     if not unseen.num_rows:
-        return Settled(pa.chunked_array([], pa.int64()), Counter(), waiting)
+        return Settled([], Counter(), waiting)
     rows = f"(SELECT *, {_MICROSECONDS.format(date='edited_date')} AS us FROM ({unfinished}) u) r"
     there = dict(fetch(cursor, _HASHES.format(rows=rows)))
     us = unseen["edited_date"].cast(pa.int64()).to_numpy()
@@ -65,7 +65,7 @@ def settle(cursor: Cursor, waiting: LeftOut, unfinished: str) -> Settled:
     settled = pa.array(np.isin(day_of, days))
     reasons = unseen.filter(settled)["reason"].value_counts().to_pylist()
     return Settled(
-        pa.chunked_array([days], pa.int64()),
+        days,
         Counter({each["values"]: each["counts"] for each in reasons}),
         waiting._replace(unseen=unseen.filter(pc.invert(settled))),
     )
@@ -78,7 +78,7 @@ def _hashes(unseen: pa.Table, day_of: Ints) -> Iterator[tuple[int, str]]:
         column.cast(pa.string()) for column in (unseen["generation"], unseen["listing_id"], us)
     )
     rows = pc.binary_join_element_wise(*columns, "|").combine_chunks()
-    starts = np.flatnonzero(np.diff(day_of, prepend=day_of[0] + 1))
+    starts = np.flatnonzero(np.append(True, day_of[1:] != day_of[:-1]))
     for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
         text = "\n".join(rows[start:stop].to_pylist())
         yield int(day_of[start]), hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
