@@ -560,7 +560,7 @@ def test_the_probe_computes(vit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DeviceError, match="expected a working NVIDIA driver, found Found no"):
             probe("cuda")
     monkeypatch.setattr(torch, "relu", _raise_no_kernel)
-    monkeypatch.setattr(encoder_module, "_created", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(encoder_module, "load_clip", lambda *_: pytest.fail("weights were loaded"))
 
     with pytest.raises(DeviceError, match=r"expected a torch that is built for this GPU.*\(cpu\)"):
         load(vit)
