@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import random
 import shutil
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,12 @@ def cut(then: Callable[[], object] = lambda: None, silence_s: float = 0.0) -> Fa
     return fault
 
 
+def page(application: Application, request: Any, start: Any) -> Iterable[bytes]:
+    """The answer of a server that is no store."""
+    start("200 OK", [])
+    return [b"<html>Welcome<br></html>"]
+
+
 def late(seconds: float) -> Fault:
     def fault(application: Application, request: Any, start: Any) -> Iterable[bytes]:
         time.sleep(seconds)
@@ -137,6 +145,7 @@ class Bucket:
 
     def __init__(self, server: Server) -> None:
         self.name = f"bucket{next(self.numbers)}"
+        self.server = server
         self.store = server.bucket(self.name)
         self.url = f"s3://{self.name}/below"
 
@@ -231,12 +240,12 @@ def test_a_photo_takes_one_request(bucket: Bucket, wire: Wire) -> None:
 
 
 def test_many_are_asked_for_by_lists_where_they_are_close(bucket: Bucket, wire: Wire) -> None:
-    """A thousand in an answer, which tells as well what is not there; what is left, one by one."""
+    """A thousand in an answer, which tells as well what is not there."""
     names = [bucket.put(f"{n:05}.jpg", b"x" * (n % 7)) for n in range(1500)]
     photos = bucket.photos()
     found = list(photos.stats(["gone.jpg", *names, "00000.gif"]))
 
-    assert {"LIST": 2, "HEAD": 1} == wire.methods()
+    assert {"LIST": 2} == wire.methods()
     assert ["missing: no such file"] * 2 == [str(found[0]), str(found[-1])]
     assert [photos.stat(name) for name in names[::500]] == found[1:-1:500]
     assert [n % 7 for n in range(1500)] == [f.size for f in found[1:-1] if isinstance(f, FileStat)]
@@ -252,6 +261,28 @@ def test_many_that_are_far_apart_are_asked_for_one_by_one(bucket: Bucket, wire: 
     assert {"LIST": 1, "HEAD": 100 - 67} == wire.methods()
     assert {1} == {state.size for state in found if isinstance(state, FileStat)}
     assert 100 == len(found)
+
+
+def test_a_list_tells_what_is_not_there_whatever_its_order(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers list folder by folder, where a/ comes before a-b/: both are found there."""
+    names = [bucket.put(f"{folder}/{n:03}.jpg", b"x") for folder in ("a", "a-b") for n in range(90)]
+    metas = bucket.photos()._page()
+    monkeypatch.setattr(objects, "PAGE", 100)
+    by_folder = sorted(names, key=lambda name: name.split("/"))
+
+    def by_folders(photos: PhotoStore, after: str = "") -> Any:
+        rest = [name for name in by_folder if name.split("/") > after.split("/")]
+        return {name: metas[name] for name in rest[:100]}
+
+    in_bytes = list(bucket.photos().stats([*names, "a/gone.jpg", "z.jpg"]))
+    monkeypatch.setattr(PhotoStore, "_page", by_folders)
+    found = list(bucket.photos().stats([*names, "a/gone.jpg", "z.jpg"]))
+
+    assert [1] * 180 == [state.size for state in found[:180] if isinstance(state, FileStat)]
+    assert ["missing: no such file"] * 2 == [str(error) for error in found[180:]]
+    assert list(map(str, in_bytes)) == list(map(str, found))
 
 
 class Still(Photos):
@@ -374,6 +405,17 @@ def test_an_object_replaced_amid_its_body_is_read_anew(bucket: Bucket, wire: Wir
     assert (b"b" * 500, photos.stat(name)) == (data, state)
 
 
+def test_an_object_that_never_holds_still_is_its_own_error(bucket: Bucket, wire: Wire) -> None:
+    """As a file that changes each time that it is read."""
+    name = bucket.put("a.jpg", b"x" * 500)
+    numbers = itertools.count()
+    wire.spoil(all_others=cut(then=lambda: bucket.put(name, f"{next(numbers):500}".encode())))
+
+    assert "unreadable: the file changed while it was read" == error_of(
+        lambda: bucket.photos(patient=True).read(name)
+    )
+
+
 FAULTS = [
     (refused("403 Forbidden", "AccessDenied"),
      "no right to it (403 AccessDenied)", "s3:ListBucket"),
@@ -388,6 +430,8 @@ FAULTS = [
     (refused("503 Slow Down", "SlowDown"), "a store that asks for fewer requests (503 SlowDown)",
      "nothing that was encoded is lost"),
     (refused("500 No"), "a store that fails (500)", "run it again"),
+    (refused("400 Bad", "InvalidBucketName"),
+     "a request that is refused (400 InvalidBucketName)", "IMAGE_ROOT_DIR"),
     (cut(), "a connection that ends early", "run it again"),
 ]  # fmt: skip
 
@@ -463,6 +507,48 @@ def test_a_web_server_will_do(tmp_path: Path) -> None:
         assert [state] * 100 == list(photos.stats(["a b.jpg"] * 100))
         assert "missing: no such file" == error_of(lambda: photos.read("gone.jpg"))
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gs://photos/below",
+        "az://photos/below",
+        "https://account.blob.core.windows.net/photos/below",
+    ],
+)
+def test_google_and_azure_are_asked_for_the_same_names(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that knows neither sees which object of which bucket is wanted; no more is tried."""
+    seen = []
+
+    class Anything(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(urllib.parse.unquote(self.path))
+            self.send_response(200)
+            for name, value in (
+                ("Content-Length", "5"), ("ETag", '"1"'),
+                ("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT"),
+            ):  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"photo")
+
+    with Crowded(("127.0.0.1", 0), Anything) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        account = {"gcs_base_url": address, "disable_oauth": True, "client_email": "",
+                   "private_key": "", "private_key_id": ""}  # fmt: skip
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", address)
+        monkeypatch.setenv("AZURE_SKIP_SIGNATURE", "true")
+        data, state = PhotoStore(url, LARGEST, patient=False).read("a b.jpg")
+        server.shutdown()
+
+    assert ["/photos/below/a b.jpg"] == seen
+    assert (b"photo", 5) == (data, state.size)
 
 
 def test_the_package_is_asked_for_where_it_is_needed(
@@ -662,25 +748,35 @@ def test_the_workflow_from_a_store(workspace: Workspace, store: Server, bucket: 
     assert SECRET not in first.output + second.output + third.output
 
 
-@pytest.mark.parametrize(
-    ("url", "line"),
-    [("s3://nowhere/photos", "error: expected photos that can be read, found no such bucket"),
-     ("gone", "error: expected photos at storage_path of"), ("", "ok  photos: 2 of 2")],
-)  # fmt: skip
+WRONG: list[tuple[dict[str, str], Fault | None, str]] = [
+    ({}, None, "ok  photos: 2 of 2"),
+    ({"IMAGE_ROOT_DIR": "s3://nowhere/photos"}, None, "found no such bucket (404 NoSuchBucket)"),
+    ({"IMAGE_ROOT_DIR": "s3://{bucket}/gone"}, None, "expected photos at storage_path of"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, None, "found nobody who answers"),
+    ({}, refused("301 Moved", "PermanentRedirect"), "found a bucket of another region"),
+    ({}, refused("403 Forbidden", "AccessDenied"), "found no right to it (403 AccessDenied)"),
+    ({}, refused("403 Forbidden", "InvalidAccessKeyId"), "found credentials that are refused"),
+    ({}, page, "found an answer that is no store's"),
+]
+
+
+@pytest.mark.parametrize(("env", "fault", "line"), WRONG, ids=[line for _, _, line in WRONG])
 def test_check_says_what_is_wrong_with_the_store(
-    workspace: Workspace, store: Server, bucket: Bucket, url: str, line: str
-) -> None:
-    """A bucket that is not there, a prefix without the photos, and where all is right."""
+    workspace: Workspace, bucket: Bucket, wire: Wire,
+    env: dict[str, str], fault: Fault | None, line: str,
+) -> None:  # fmt: skip
+    """Bucket, prefix, endpoint, region, right, credentials: each in one line, without a secret."""
     workspace.database.add_listing(1, ["1/0.jpg", "1/1.jpg"])
     for name in ("1/0.jpg", "1/1.jpg"):
         bucket.put(name, b"photo")
-    root = url if "://" in url else f"{bucket.url}/{url}"
+    wire.spoil(all_others=fault)
     run = workspace.python(
         "-m", "pipeline", "check", "--config", f"model_name=local-dir:{workspace.encoder}",
-        env={**variables(store), "IMAGE_ROOT_DIR": root},
+        env={**variables(bucket.server), "IMAGE_ROOT_DIR": bucket.url}
+        | {name: value.format(bucket=bucket.name) for name, value in env.items()},
     )  # fmt: skip
 
-    assert line in run.output
+    assert 1 == sum(line in each for each in run.output.splitlines()), run.output
     assert SECRET not in run.output
 
 

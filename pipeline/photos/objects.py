@@ -20,7 +20,7 @@ from pipeline.photos.files import RETRY_S, FileStat, PhotoError, Photos, parts_o
 from pipeline.stage.errors import SettingsError, StorageError
 
 if TYPE_CHECKING:
-    from obstore import GetResult, ObjectMeta
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 T = TypeVar("T")
@@ -81,6 +81,7 @@ _FAULTS = (
     (r"status code: 4\d\d", "a request that is refused", "see {place}"),
     (r"/latest/(api|meta-data)|computeMetadata|metadata/identity",
      "no credentials", "export {credentials}"),
+    ("InvalidListResponse|Header", "an answer that is no store's", "see {place}"),
     (r"kind: Timeout|TimedOut", "no answer in time", "see {place}; {later}"),
     (r"kind: Connect", "nobody who answers", "see {place}; {later}"),
 )  # fmt: skip
@@ -144,19 +145,23 @@ class PhotoStore(Photos):
             yield from pool.map(look, storage_paths)
 
     def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
-        """As of Photos; by one GET, which answers with the bytes and their state at once."""
-        name = self._name(storage_path)
-        for pause in self.pauses:
-            found = self._ask(name, lambda: self._store.get(name))
-            with suppress(StorageError):
-                return self._body(name, found)
-            time.sleep(pause)
-        return self._body(name, self._ask(name, lambda: self._store.get(name)))
+        """As of Photos; by one GET, which answers with the bytes and their state at once.
 
-    def _body(self, name: str, found: "GetResult") -> tuple[bytes, FileStat]:
-        """What is left of an answer; a body cut off is gone on with, if the object is the same."""
-        state = self._checked(found.meta)
-        return self._ask(name, found.bytes).to_bytes(), state
+        A body that is cut off is gone on with by the library, if the object is the same still.
+        """
+        name = self._name(storage_path)
+        states = []
+        for pause in (*self.pauses, None):
+            found = self._ask(name, lambda: self._store.get(name))
+            states.append(self._checked(found.meta))
+            try:
+                return self._ask(name, found.bytes).to_bytes(), states[-1]
+            except StorageError:
+                is_ever_another = 1 < len(states) == len(set(states))
+                if pause is None and not is_ever_another:
+                    raise
+            time.sleep(pause or 0.0)
+        raise PhotoError("unreadable", "the file changed while it was read")
 
     def _name(self, storage_path: str | None) -> str:
         """The object's name below the prefix; PhotoError where there can be none."""
@@ -175,7 +180,9 @@ class PhotoStore(Photos):
     def _listed(self, storage_paths: Sequence[str | None]) -> "dict[str, ObjectMeta | None]":
         """What lists tell, None: is not there, while each saves as many requests as go at a time.
 
-        A list costs about what twelve requests do, and pages come one after another.
+        A list costs about what twelve requests do, and pages come one after another. S3, Google
+        and Azure give names in the order of their bytes, others folder by folder: what a page
+        leaves out is not there if it had to be on it by either.
         """
         wanted = set()
         for path in storage_paths:
@@ -188,8 +195,13 @@ class PhotoStore(Photos):
                 page = self._page(names[0][:-1])
             except (PhotoError, StorageError):
                 break  # one by one, then
-            here = bisect_right(names, max(page, default=""))
-            found |= {name: page.get(name) for name in names[:here]}
+            ended = len(page) < PAGE
+            here = len(names) if ended else bisect_right(names, max(page))
+            first, last = names[0].split("/"), max((name.split("/") for name in page), default=[])
+            for name in names[:here]:
+                parts = name.split("/")
+                if name in page or (first <= parts and (ended or parts <= last)):
+                    found[name] = page.get(name)
             if here < REQUESTS:
                 break
             names = names[here:]
@@ -222,7 +234,7 @@ class PhotoStore(Photos):
             raise PhotoError("outside", "the storage_path is no name of an object") from None
         except (BaseError, OSError, NotImplementedError) as error:
             failed = error
-        if not isinstance(failed, FileNotFoundError):
+        if not name or not isinstance(failed, FileNotFoundError):
             raise self._failure(name, failed)
         if re.search(NO_BUCKET, str(failed)):
             self.check()  # which goes on, if only the photo is called so
