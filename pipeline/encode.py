@@ -483,14 +483,17 @@ class Line(AbstractContextManager["Line"]):
             else:
                 photo.error = str(found)
         self._check_missing(*(photo.error for photo in photos if photo.error))
-        there = [photo for photo in photos if photo.stat is not None]
         self._refresh()
+        return self._settle_same([photo for photo in photos if photo.stat is not None])
+
+    def _settle_same(self, photos: list[Photo]) -> bool:
+        """Give those that the cache knows in this state their outcome; whether there is one."""
         hits = self.cache.lookup_files(
-            [photo.path or "" for photo in there],
-            np.array([photo.stat.size for photo in there if photo.stat], np.int64),
-            np.array([photo.stat.mtime_ns for photo in there if photo.stat], np.int64),
+            [photo.path or "" for photo in photos],
+            np.array([photo.stat.size for photo in photos if photo.stat], np.int64),
+            np.array([photo.stat.mtime_ns for photo in photos if photo.stat], np.int64),
         )
-        for row, photo in enumerate(there):
+        for row, photo in enumerate(photos):
             photo.vec, photo.error = hits.vector(row), hits.error(row)
             photo.how = "same file"
         return len(hits) > 0
@@ -510,6 +513,9 @@ class Line(AbstractContextManager["Line"]):
         waiting: deque[Photo] = deque()
         for photo in photos:
             waiting.append(photo)
+            if not photo.done and (stat := self.ahead.fetched.get(photo.path)):
+                photo.stat = stat
+                self._settle_same([photo])
             if not photo.done:
                 if not self.cache.entries:
                     self.job.encoder  # noqa: B018  bad weights show before the first image is read

@@ -644,6 +644,21 @@ def test_a_shard_takes_one_request_a_photo(
     assert first["vec"][:120].equals(second["vec"])
 
 
+def test_rows_that_share_a_photo_fetch_it_once(
+    remote: Remote, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far apart they are: what was fetched is in the cache by then."""
+    monkeypatch.setattr(stage.Line, "window", 4)
+    shared = remote.photo("shared.jpg", 0)
+    others: list[str | None] = [remote.photo(f"{n:02}.jpg", n + 1) for n in range(40)]
+    wire.asked.clear()
+    table, stats = remote.encode([shared, *others, shared, None])
+
+    assert {"LIST": 1, "GET": 41} == wire.methods()
+    assert (41, 1) == (stats.how["encoded"], stats.how["same file"])
+    assert table["vec"][0] == table["vec"][41]
+
+
 def test_where_few_are_in_the_cache_few_are_asked_for(
     remote: Remote, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

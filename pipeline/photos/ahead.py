@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.photos.files import FileStat, Photos
 
 MEMORY = 256 * 2**20  # bytes of photos that are here or on their way, before they are asked for
+REMEMBERED = 100_000  # photos whose state is kept, in case that more rows have them
 LIMIT = 0.2  # of the time: who waits more for a store has it as the limit
 
 
@@ -39,6 +40,7 @@ class Ahead:
         self.photos = photos
         self.memory = memory
         self.waited_s = 0.0  # of all threads that asked
+        self.fetched: dict[str | None, FileStat] = {}  # of a store, the first REMEMBERED
         self._expected: dict[str | None, _Fetch] = {}  # in the order in which they were
         self._usual = photos.max_bytes
         self._held = 0
@@ -91,6 +93,8 @@ class Ahead:
         try:
             found = self.photos.read(path)
             size = len(found[0])
+            if len(self.fetched) < REMEMBERED:
+                self.fetched[path] = found[1]
             return found
         finally:
             with self._changed:
