@@ -286,12 +286,12 @@ def test_a_list_tells_what_is_not_there_whatever_its_order(
 
 
 class Still(Photos):
-    """A store of so many bytes a photo, that counts; the photos come when they may."""
+    """A store of so many bytes a photo, that counts; their bytes come when they may."""
 
     def __init__(self, sizes: dict[Any, int]) -> None:
         self.sizes, self.max_bytes, self.readers = sizes, max(sizes.values()), 8
         self.may = threading.Event()
-        self.begun: list[str | None] = []
+        self.sent: list[str | None] = []
 
     def check(self) -> tuple[int, int]:
         return 0, 0
@@ -299,34 +299,37 @@ class Still(Photos):
     def stat(self, storage_path: str | None) -> FileStat:
         return FileStat(self.sizes[storage_path], 0)
 
-    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
-        self.begun.append(storage_path)
+    def read(
+        self, storage_path: str | None, room: Callable[[int], None] = lambda size: None
+    ) -> tuple[bytes, FileStat]:
+        room(self.sizes[storage_path])
+        self.sent.append(storage_path)
         assert self.may.wait(60)
         if not self.sizes[storage_path]:
             raise PhotoError("missing", "no such file")
         return bytes(self.sizes[storage_path]), self.stat(storage_path)
 
 
-@pytest.mark.parametrize("memory", [1, 25, 100])
+@pytest.mark.parametrize("memory", [1, 250, 1000])
 def test_photos_wait_for_room(memory: int) -> None:
     """No more are on their way or kept than fit, and one; all come, in whatever order."""
-    still = Still({str(n): 10 for n in range(40)} | {"gone": 0})
+    still = Still({str(n): 100 for n in range(40)} | {"gone": 0})
     ahead = Ahead(still, memory)
     for path in still.sizes:
         ahead.expect(path)
-    fit = min(still.readers, max(1, memory // 10))
-    while len(still.begun) < fit:
+    fit = min(still.readers, max(1, memory // 100))
+    while len(still.sent) < fit:
         time.sleep(0.01)
     time.sleep(0.2)
-    at_once = len(still.begun)
+    at_once = len(still.sent)
     still.may.set()
     with ThreadPoolExecutor(3) as pool:
         read = list(pool.map(lambda path: len(ahead.read(path)[0]), list(still.sizes)[:40]))
 
     assert at_once in (fit, min(still.readers, fit + 1))
-    assert [10] * 40 == read
+    assert [100] * 40 == read
     assert "missing: no such file" == error_of(lambda: ahead.read("gone"))
-    assert 41 == len(still.begun)
+    assert 41 == len(still.sent)
     ahead.close(wait=True)
 
 
@@ -341,7 +344,7 @@ def test_a_photo_of_several_rows_is_fetched_once() -> None:
     ahead.close(wait=True)
 
     assert [bytes(10)] * 4 == read
-    assert ["a", "a", "b"] == sorted(map(str, still.begun))
+    assert ["a", "a", "b"] == sorted(map(str, still.sent))
 
 
 def test_who_waits_for_a_photo_is_let_go_at_the_end() -> None:
@@ -393,6 +396,19 @@ def test_a_body_that_stalls_is_asked_for_again(
     wire.spoil(cut(silence_s=60))
 
     assert bytes(range(250)) == bucket.photos().read(name)[0]
+
+
+@pytest.mark.parametrize("limit", ["read_timeout", "timeout"])
+def test_a_photo_that_waits_for_room_is_whole(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """The time until its bytes are wanted is no silence of the store's, and costs a GET at most."""
+    monkeypatch.setitem(objects._CLIENT, limit, timedelta(seconds=0.5))
+    data = random.Random(1).randbytes(5_000_000)
+    photos = PhotoStore(bucket.url, len(data), patient=True)
+    name = bucket.put("large.jpg", data)
+
+    assert data == photos.read(name, lambda size: time.sleep(1))[0]
 
 
 def test_an_object_replaced_amid_its_body_is_read_anew(bucket: Bucket, wire: Wire) -> None:

@@ -33,7 +33,8 @@ class Ahead:
     """Reads photos for many threads; those of a store, `photos.readers` at a time, in advance.
 
     A photo that several rows expect at a time is fetched once. The first of those to come may
-    always be fetched; the others wait for room, as if each were as large as the largest of late.
+    always be fetched; the others are asked for while there is room, and wait for as much of it as
+    they take, which the store's answer says, before their bytes come.
     """
 
     def __init__(self, photos: Photos, memory: int = MEMORY) -> None:
@@ -42,7 +43,6 @@ class Ahead:
         self.waited_s = 0.0  # of all threads that asked
         self.fetched: dict[str | None, FileStat] = {}  # of a store, the first REMEMBERED
         self._expected: dict[str | None, _Fetch] = {}  # in the order in which they were
-        self._usual = photos.max_bytes
         self._held = 0
         self._over = False
         self._changed = threading.Condition()  # over all of the above
@@ -84,14 +84,10 @@ class Ahead:
                     self._set_aside(fetch, 0)
 
     def _run(self, path: str | None, fetch: _Fetch) -> tuple[bytes, FileStat]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or self._may_come(fetch))
-            if self._over:
-                raise CancelledError
-            self._set_aside(fetch, self._usual)
         size = 0
         try:
-            found = self.photos.read(path)
+            self._take_room(fetch, 1)
+            found = self.photos.read(path, lambda size: self._take_room(fetch, size))
             size = len(found[0])
             if len(self.fetched) < REMEMBERED:
                 self.fetched[path] = found[1]
@@ -99,13 +95,21 @@ class Ahead:
         finally:
             with self._changed:
                 fetch.over = True
-                self._usual = max(size, self._usual // 2)
                 self._set_aside(fetch, size)
 
-    def _may_come(self, fetch: _Fetch) -> bool:
-        if self._held + self._usual <= self.memory:
-            return True
-        return fetch is next(each for each in self._expected.values() if not each.over)
+    def _take_room(self, fetch: _Fetch, size: int) -> None:
+        """Wait for so many bytes in all to be free for this photo, or for its turn."""
+
+        def may_come() -> bool:
+            if self._held - fetch.size + size <= self.memory:
+                return True
+            return fetch is next(each for each in self._expected.values() if not each.over)
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or may_come())
+            if self._over:
+                raise CancelledError
+            self._set_aside(fetch, size)
 
     def _set_aside(self, fetch: _Fetch, size: int) -> None:
         self._held += size - fetch.size

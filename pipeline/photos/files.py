@@ -118,9 +118,12 @@ class Photos(ABC):
         """
 
     @abstractmethod
-    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
+    def read(
+        self, storage_path: str | None, room: Callable[[int], None] = lambda size: None
+    ) -> tuple[bytes, FileStat]:
         """A photo's bytes and the state that they belong to; PhotoError where there are none.
 
+        A store waits for `room` for so many bytes before it sends them.
         One that changes while it is read is read once more, then it is 'unreadable'.
         Raises StorageError as stat() does.
         """
@@ -195,7 +198,9 @@ class PhotoFolder(Photos):
         """As of Photos."""
         return self._patiently(storage_path, self._stat)
 
-    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
+    def read(
+        self, storage_path: str | None, room: Callable[[int], None] = lambda size: None
+    ) -> tuple[bytes, FileStat]:
         """As of Photos."""
         return self._patiently(storage_path, self._read)
 

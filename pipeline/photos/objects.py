@@ -144,7 +144,9 @@ class PhotoStore(Photos):
         with ThreadPoolExecutor(REQUESTS) as pool:
             yield from pool.map(look, storage_paths)
 
-    def read(self, storage_path: str | None) -> tuple[bytes, FileStat]:
+    def read(
+        self, storage_path: str | None, room: Callable[[int], None] = lambda size: None
+    ) -> tuple[bytes, FileStat]:
         """As of Photos; by one GET, which answers with the bytes and their state at once.
 
         A body that is cut off is gone on with by the library, if the object is the same still.
@@ -154,6 +156,7 @@ class PhotoStore(Photos):
         for pause in (*self.pauses, None):
             found = self._ask(name, lambda: self._store.get(name))
             states.append(self._checked(found.meta))
+            room(states[-1].size)
             try:
                 return self._ask(name, found.bytes).to_bytes(), states[-1]
             except StorageError:
