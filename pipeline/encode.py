@@ -157,7 +157,7 @@ class EncodeJob:
 
         Each names photos of a listing that has a vector. One alone is no evidence.
         """
-        with ThreadPoolExecutor(WITNESS_THREADS) as pool:
+        with ThreadPoolExecutor(self.photos.readers or WITNESS_THREADS) as pool:
             there = sum(pool.map(self.photos.has_any, witnesses))
         gone = len(witnesses) - there
         if gone > max(1, self.chosen.max_failed_fraction * len(witnesses)):
