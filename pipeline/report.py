@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pipeline.database.pending import prepare
 from pipeline.database.sample import Current, Embedded
 from pipeline.pages import plots
 from pipeline.pages.template import page
+from pipeline.photos.ahead import Ahead
 from pipeline.photos.files import PhotoError
 from pipeline.photos.root import photos_at
 from pipeline.select import select_images, why_not
@@ -354,25 +356,27 @@ class Album:
 
     def make(self, wanted: Iterable[tuple[str, int]]) -> None:
         """Make these, on all cores."""
-        keys = list(dict.fromkeys(wanted))
-        if not keys:
-            return
+        keys, ahead = list(dict.fromkeys(wanted)), Ahead(self._root)
+        for path, _ in keys:
+            ahead.expect(path)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for key, made in zip(keys, pool.map(self._make, *zip(*keys, strict=True)), strict=True):
+            for key, made in zip(keys, pool.map(partial(self._make, ahead), keys), strict=True):
                 self._made[key] = made
                 self._bytes += len(made[0])
+        ahead.close(wait=False)
 
     def thumbnail(self, path: str, side: int) -> tuple[str, str]:
         """A data URI, or nothing, and why."""
         return self._made.get((path, side), ("", "no room on this page"))
 
-    def _make(self, path: str, side: int) -> tuple[str, str]:
+    def _make(self, ahead: Ahead, key: tuple[str, int]) -> tuple[str, str]:
         from pipeline.photos.thumbnail import thumbnail
 
+        path, side = key
         if self._bytes > MOST_BYTES:
             return "", "no room on this page"
         try:
-            return thumbnail(self._root.read(path)[0], side, self._chosen), ""
+            return thumbnail(ahead.read(path)[0], side, self._chosen), ""
         except (PhotoError, StorageError) as error:
             return "", str(error)
 
