@@ -6,7 +6,7 @@ PHOTOS ?=
 S3     ?=
 
 .PHONY: setup demo demo-stop test test-slurm test-browser lint lint-image gpu-check mutants \
-	benchmarks simulate rulegraph lock clean
+	benchmarks simulate rulegraph commands lock clean
 
 # A venv holds the path of its folder in every script, so a moved or copied checkout has to make it
 # anew. pyvenv.cfg ends its 'command' with that path; a link to another's venv stays as it is.
@@ -76,6 +76,10 @@ simulate: setup
 # The picture of the rules in the README.
 rulegraph: setup
 	$(BIN)/python -m demo.rulegraph README.md
+
+# docs/commands.md, from what the commands say of themselves.
+commands: setup
+	PYTHONPATH=tests $(BIN)/python -m commands_page
 
 # New versions within the ranges of pyproject.toml.
 lock: setup

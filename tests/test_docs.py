@@ -1,34 +1,31 @@
 """README and docs/ name what there is, and nothing else; what they tell to run runs."""
 
-import argparse
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands_page import PAGE, lines, parsers
 from conftest import REPOSITORY, Workspace, create_tables, new_database, new_workspace
 
 from demo import marketplace
-from pipeline import __main__ as commands
 from pipeline.stage.settings import Settings
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TEXT = {page.relative_to(REPOSITORY).as_posix(): page.read_text() for page in PAGES}
 EVERYTHING = "\n".join(TEXT.values())
-OURS = {"clean", "lint", "lock", "rulegraph", "demo-stop", "mutants"}  # for who works on the code
+OURS = {
+    "clean",
+    "lint",
+    "lock",
+    "rulegraph",
+    "commands",
+    "demo-stop",
+    "mutants",
+}  # for who works on the code
 PATH = re.compile(r"`((?:pipeline|demo|benchmarks|docs|tests|profiles)/[\w./-]+)`")
 OUTSIDE = re.compile(r"https?://|mailto:|#")
-
-
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """The commands of `python -m pipeline` by name."""
-    (subparsers,) = (
-        action
-        for action in commands.parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return dict(subparsers.choices)
 
 
 def code() -> Iterator[str]:
@@ -56,6 +53,11 @@ def test_the_commands_are_those_that_there_are() -> None:
 
     assert [] == sorted(named - parsers().keys())
     assert [] == sorted(name for name in parsers() if name not in named)
+
+
+def test_every_flag_is_named() -> None:
+    """With what it does, in a page of its own, as the commands themselves say."""
+    assert [*lines()] == PAGE.read_text().splitlines(), "make commands writes it"
 
 
 def test_flags_in_commands_exist() -> None:
@@ -112,7 +114,7 @@ def test_targets_are_those_that_there_are() -> None:
         name for name in named if re.fullmatch(r"[a-z-]+", name) and name not in made
     )
     assert [] == sorted(
-        made - named - {"clean", "lint", "lock", "rulegraph", "demo-stop", "mutants"}
+        made - named - {"clean", "lint", "lock", "rulegraph", "commands", "demo-stop", "mutants"}
     )
 
 
