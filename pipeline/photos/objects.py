@@ -184,8 +184,8 @@ class PhotoStore(Photos):
         """What lists tell, None: is not there, while each saves as many requests as go at a time.
 
         A list costs about what twelve requests do, and pages come one after another. S3, Google
-        and Azure give names in the order of their bytes, others folder by folder: what a page
-        leaves out is not there if it had to be on it by either.
+        and Azure give names in the order of their bytes, others folder by folder, some in none:
+        what a page leaves out is not there if it had to be on it by either order.
         """
         wanted = set()
         for path in storage_paths:
@@ -198,12 +198,14 @@ class PhotoStore(Photos):
                 page = self._page(names[0][:-1])
             except (PhotoError, StorageError):
                 break  # one by one, then
+            parts = {name: name.split("/") for name in [*page, *names]}
+            if list(page) not in (sorted(page), sorted(page, key=parts.__getitem__)):
+                break
             ended = len(page) < PAGE
             here = len(names) if ended else bisect_right(names, max(page))
-            first, last = names[0].split("/"), max((name.split("/") for name in page), default=[])
+            first, last = parts[names[0]], max((parts[name] for name in page), default=[])
             for name in names[:here]:
-                parts = name.split("/")
-                if name in page or (first <= parts and (ended or parts <= last)):
+                if name in page or (first <= parts[name] and (ended or parts[name] <= last)):
                     found[name] = page.get(name)
             if here < REQUESTS:
                 break
