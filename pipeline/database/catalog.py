@@ -21,6 +21,15 @@ def may_replace(cursor: Cursor, name: tuple[str, str]) -> bool:
     return all(may for (may,) in fetch(cursor, owner, name))
 
 
+def may_read(cursor: Cursor, name: tuple[str, str]) -> bool:
+    """Whether there is a table or view of that name, and this role may SELECT from it."""
+    right = (
+        "SELECT has_schema_privilege(relnamespace, 'USAGE') AND has_table_privilege(oid, 'SELECT')"
+        f" FROM pg_class WHERE oid = ({RELATION})"
+    )
+    return [(True,)] == fetch(cursor, right, name)
+
+
 def columns(cursor: Cursor, name: tuple[str, str]) -> dict[str, str]:
     """Column name to formatted type, of a table or view."""
     rows = fetch(

@@ -5,7 +5,7 @@ from importlib import resources
 from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database import registry
-from pipeline.database.catalog import columns, has_table, may_replace
+from pipeline.database.catalog import columns, has_table, may_read, may_replace
 from pipeline.database.connection import connect, fetch, quoted, run_script, translated_errors
 from pipeline.database.key import KEY
 from pipeline.stage.errors import DatabaseError, DatabaseUnreachable
@@ -33,7 +33,7 @@ def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> 
 
 
 def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
-    """Create the target, its registry and, over the listings table, what is asked of it.
+    """Create the target, its registry and, where this role may read the listings, their view.
 
     With `inputs`, the three input tables too, for a trial. DatabaseError: a target is there, and
     has another shape.
@@ -47,7 +47,7 @@ def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: 
             run_script(cursor, script, names)
     registry.create(cursor, environment)
     check(cursor, environment, dimension)
-    if has_table(cursor, environment.listings) and may_replace(cursor, environment.current):
+    if may_read(cursor, environment.listings) and may_replace(cursor, environment.current):
         run_script(cursor, "current.sql", names)
 
 

@@ -226,7 +226,7 @@ class PhotoStore(Photos):
         except FileNotFoundError:
             pass
         except BaseError as error:
-            if not re.search("status code: 4", str(error)):
+            if not re.search("status code: 4|MissingContentLength", str(error)):
                 raise self._failure("", error) from None
 
     def _ask(self, name: str, question: Callable[[], T]) -> T:
