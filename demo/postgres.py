@@ -32,6 +32,7 @@ SOCKET = f".s.PGSQL.{PORT}"
 SOCKET_PATH_BYTES = 100  # Linux allows 107, macOS 103
 UNPRIVILEGED = "nobody"  # PostgreSQL refuses to run as root
 START_TRIES = 20
+STOP_S = 20  # then without a checkpoint: the next start recovers
 
 
 def binary(name: str) -> Path:
@@ -82,11 +83,17 @@ def start(folder: Path, *, durable: bool = True) -> None:
 
 
 def stop(folder: Path) -> bool:
-    """Stop the server in `folder`, ending its connections; False if none was running."""
+    """Stop the server in `folder`, ending its connections; False if none was running.
+
+    One that is told so while it recovers from a crash may wait for its own io workers for ever
+    (PostgreSQL 18.4), so there is a second, harder word.
+    """
     folder = folder.resolve()
     if not is_running(folder):
         return False
-    _pg_ctl(folder, ["stop", "-w", "-s", "-m", "fast"])
+    for mode in ("fast", "immediate"):
+        if is_running(folder):
+            _pg_ctl(folder, ["stop", "-w", "-s", "-t", str(STOP_S), "-m", mode])
     if is_running(folder):
         raise DatabaseError("the embedded Postgres to stop", _log_end(folder), str(folder))
     return True

@@ -152,6 +152,22 @@ def test_postgres_survives_a_kill(tmp_path: Path) -> None:
     assert not postgres.is_running(folder)
 
 
+def test_postgres_stops_while_it_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose backend has just been killed stops too, and starts again."""
+    folder = tmp_path / "p"
+    monkeypatch.setattr(postgres, "STOP_S", 1)
+    with postgres.embedded_postgres(folder) as dsn, adbc.connect(dsn) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            os.kill(cursor.fetchall()[0][0], signal.SIGKILL)
+
+        assert postgres.stop(folder)
+        assert not postgres.is_running(folder)
+
+    with postgres.embedded_postgres(folder):
+        assert postgres.is_running(folder)
+
+
 def test_postgres_ignores_a_pid_file_with_somebody_elses_number(tmp_path: Path) -> None:
     """A stale file that names another living process neither stops a start nor kills that one."""
     folder = tmp_path / ("long " * 30)
