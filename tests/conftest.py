@@ -20,12 +20,15 @@ from PIL import Image
 
 from demo import postgres
 from demo.encoder import random_encoder
+from pipeline.cache.vectors import VectorCache
 from pipeline.database import target
-from pipeline.stage.settings import Environment
+from pipeline.encode import EncodeJob, Line
+from pipeline.stage.settings import Environment, Settings
 
 REPOSITORY = Path(__file__).parent.parent
 T0 = "2026-01-01 12:00:00.000001+00"
 ADD_IMAGE = 'INSERT INTO "iPhone".iphone_image_assets VALUES ($1, $2, $3, $4)'
+ENCODERS: dict[str, Any] = {}  # by their weights, loaded in this process
 WITH_PGVECTOR = "with_pgvector"  # a database to copy: six times as fast as making the extension
 
 
@@ -156,6 +159,7 @@ class Workspace:
     encoder: Path
     env: dict[str, str]
     config: dict[str, Any] = field(default_factory=dict)
+    knows_photos: bool = False  # a run finds those that are there in the cache
 
     @property
     def photos(self) -> Path:
@@ -189,7 +193,27 @@ class Workspace:
         self, *words: str, config: Mapping[str, Any] | None = None, env: Mapping[str, str] = {}
     ) -> Run:
         """Run Snakemake to its end."""
+        if self.knows_photos:
+            self._encode_photos()
         return self.execute(self.command(*words, config=config), env)
+
+    def _encode_photos(self) -> None:
+        """Put the vectors of all photos into the cache.
+
+        In this process, where torch is loaded: each stage that has to load it takes seconds.
+        """
+        paths: list[str | None] = [
+            str(path.relative_to(self.photos)) for path in self.photos.rglob("*.*")
+        ]
+        chosen = Settings(
+            model_name=f"local-dir:{self.encoder}", cache_dir=str(self.folder / "cache")
+        )
+        job = EncodeJob.prepare(chosen, Environment.read({"IMAGE_ROOT_DIR": str(self.photos)}), 1)
+        vars(job)["encoder"] = ENCODERS.get(job.model.weights) or job.encoder
+        ENCODERS[job.model.weights] = job.encoder
+        folder = Path(chosen.cache_dir)
+        with VectorCache.of(folder, job.fingerprint, job.dim) as cache, Line(job, cache) as line:
+            list(line.done(line.looked_up_ahead([paths])))
 
     def python(self, *words: str, env: Mapping[str, str] = {}) -> Run:
         """Run `python` with these words in this folder."""
@@ -338,4 +362,5 @@ def first_run(
 def finished(first_run: tuple[Workspace, Run], tmp_path: Path) -> Iterator[Workspace]:
     """A copy of the finished run, to go on with."""
     with fork_of(first_run[0], tmp_path / "work") as workspace:
+        workspace.knows_photos = True
         yield workspace

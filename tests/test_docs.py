@@ -163,6 +163,7 @@ def market(
     with new_database(server) as database:
         create_tables(database)
         work = new_workspace(tmp_path_factory.mktemp("docs") / "work", database, encoder)
+        work.knows_photos = True
         made = marketplace.made_up(work.photos, 20)
         marketplace.draw_photos(made, 2)
         marketplace.fill(database.dsn, made)

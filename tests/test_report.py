@@ -28,6 +28,7 @@ def market(
     with new_database(server) as database:
         create_tables(database)
         work = new_workspace(tmp_path_factory.mktemp("report") / "work", database, encoder)
+        work.knows_photos = True
         for listing, colour in enumerate(COLOURS, 1):
             names = [work.photo(f"{listing}/{i}.jpg", colour, (40 + i, 36)) for i in range(3)]
             database.add_listing(listing, [*names, *([HOSTILE] if listing == 2 else [])])

@@ -208,7 +208,7 @@ def test_an_infinite_date_is_deleted_like_any_other(command: Retire) -> None:
 
 def test_nothing_that_is_retired_comes_back(workspace: Workspace) -> None:
     """A real run after it finds nothing to do: what went is no longer asked for."""
-    database = workspace.database
+    database, workspace.knows_photos = workspace.database, True
     for listing in (1, 2, 3):
         database.add_listing(listing, [workspace.photo(f"{listing}.jpg", size=(40, 30 + listing))])
     database.add_listing(3, [workspace.photo("4.jpg")], generation=2, edited_date=EDITS[8])

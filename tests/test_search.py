@@ -23,6 +23,7 @@ def market(
     with new_database(server) as database:
         create_tables(database)
         work = new_workspace(tmp_path_factory.mktemp("search") / "work", database, encoder)
+        work.knows_photos = True
         colours = ["red", "darkred", "blue", "navy", "green", "white", "black"]
         for listing, colour in enumerate(colours, 1):
             names = [work.photo(f"{listing}/{i}.jpg", colour, (40 + i, 36)) for i in range(2)]

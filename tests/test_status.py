@@ -211,6 +211,7 @@ def plan_of(run: Run) -> list[str]:
 
 def test_a_dry_run_says_why_in_one_line(finished: Workspace) -> None:
     """How many are pending and for which reason, photos, cached ones, and who is left."""
+    finished.knows_photos = False
     nothing = plan_of(finished.snakemake("-n"))
     finished.database.edit(1, LATER)
     edited = plan_of(finished.snakemake("-n"))
@@ -264,6 +265,7 @@ def test_nothing_eligible_is_not_called_done(workspace: Workspace, rows: int) ->
 
 def test_all_done_is_said_only_when_it_is(workspace: Workspace) -> None:
     """After a run that a limit cut off, so many have a vector and so many wait for the next."""
+    workspace.knows_photos = True
     for listing in (1, 2, 3):
         new_listing(workspace, listing)
     first = workspace.run(config={"limit_listings": 2})
