@@ -7,7 +7,8 @@
 #
 # params name the settings that decide what a rule writes: one that changes reruns it.
 # resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
-# follow_symlinks, max_image_bytes and max_image_pixels; weights is the hash of the model's.
+# follow_symlinks, max_image_bytes and max_image_pixels; weights is the hash of the model's, projection that of
+# the file of pca.
 import sys
 
 from snakemake.utils import min_version
@@ -213,15 +214,16 @@ rule aggregate:
         mem_mb=memory_request(settings.memory_mb),
         memory_mb=settings.memory_mb,
         max_failed_fraction=str(settings.max_failed_fraction),
+        pca=settings.pca,
     params:
-        settings=flow.flags(*KEY),
+        settings=flow.flags(*KEY, "projection"),
         code=code("aggregate"),
     shell:
         "python -m pipeline.aggregate"
         " --encoded results/encode --shards {resources.shards} --images {input.images:q}"
         " --output {output.vectors:q} --without-vector {output.without_vector:q}"
         " --failures {output.failures:q}"
-        " {params.settings}"
+        " {params.settings} --pca={resources.pca:q}"
         " --memory-mb {resources.memory_mb} --max-failed-fraction {resources.max_failed_fraction}"
         " --threads {threads} --log {log:q}"
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import index, search
+from pipeline import index, pca, search
 from pipeline.cache import prune
 from pipeline.cache.parts import VECTORS
 from pipeline.database import target
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "why", _and_config(why.add_flags), why.main)
     _add(commands, "search", _and_config(search.add_flags), search.main)
     _add(commands, "index", _and_config(index.add_flags), index.by_hand)
+    _add(commands, "pca", _and_config(pca.add_flags), pca.main)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "role-sql", _add_role, print_role_sql)
     _add(commands, "retire", retire.add_flags, retire.main)
@@ -53,6 +54,7 @@ _HELP = {
     "why": "tell one listing's way from its rows to its vector",
     "search": "find the listings nearest to a listing, to photos or to words",
     "index": "build an HNSW index on the vectors of a key, and measure what it brings",
+    "pca": "fit a projection of the listing vectors onto fewer dimensions, for the setting pca",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
     "role-sql": "print the SQL of a role that can run the job and nothing else",
     "retire": "delete vectors of gone listings, of earlier edits or of a key, as their owner",
@@ -110,25 +112,39 @@ def check(args: argparse.Namespace) -> None:
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="the three input tables too")
     parser.add_argument(
-        "--dimension", type=int, help="of the vectors; without it, that of the configured model"
-    )
+        "--dimension", metavar="N or any",
+        help="of the vectors; any: keys of several in one table; without it, that of the configured"
+        " model or its projection",
+    )  # fmt: skip
     _add_config(parser)
 
 
 def create_table(args: argparse.Namespace) -> None:
     """Create what is missing; leave alone what is there."""
     environment = Environment.read()
-    dimension = args.dimension
-    if dimension is None:
-        dimension = model_of(settings.read_config(args.config)).embed_dim
-    if dimension is None:
-        raise SettingsError("a vector dimension", "a model that does not say", "", "--dimension N")
-    if not 1 <= dimension <= target.MOST_DIMENSIONS:
-        raise SettingsError(
-            f"--dimension from 1 to {target.MOST_DIMENSIONS}", str(dimension), "command line"
-        )
+    dimension = _dimension(args)
     target.create_tables(environment, dimension, inputs=args.all)
-    print(f"{quoted(environment.vectors)} is there, vec vector({dimension})")
+    kind = f"vector({dimension})" if dimension else "vector, of any dimension"
+    print(f"{quoted(environment.vectors)} is there, vec {kind}")
+
+
+def _dimension(args: argparse.Namespace) -> int | None:
+    """Of the column to create; None: any."""
+    if args.dimension == "any":
+        return None
+    if args.dimension is None:
+        dimension = model_of(settings.read_config(args.config)).dimension
+        if dimension is None:
+            raise SettingsError(
+                "a vector dimension", "a model that does not say", "", "--dimension N"
+            )
+        return dimension
+    if not args.dimension.isdecimal() or not 1 <= int(args.dimension) <= target.MOST_DIMENSIONS:
+        raise SettingsError(
+            f"--dimension from 1 to {target.MOST_DIMENSIONS}, or any", args.dimension,
+            "command line",
+        )  # fmt: skip
+    return int(args.dimension)
 
 
 def _add_role(parser: argparse.ArgumentParser) -> None:

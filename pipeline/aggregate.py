@@ -4,9 +4,10 @@ Reads: the encode shards, and images.parquet of the export for the listings with
 Writes: listing_vectors.parquet, one row per listing with at least one image vector;
 without_vector.parquet, the other listings with the files that were tried; failures.json, the
 failed images by reason. Guarantees: vec = l2_normalize(mean of the listing's unit image vectors),
-to 1e-6 of unit length; the same bytes on any number of threads; listings in = vectors + listings
-without; memory does not grow with the shards. Where not one photo is there, nothing is written,
-and the shards are removed: encode is to look again.
+to 1e-6 of unit length, projected and normalised again where pca is set; the same bytes on any
+number of threads; listings in = vectors + listings without; memory does not grow with the shards.
+Where not one photo is there, nothing is written, and the shards are removed: encode is to look
+again.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.database.waiting import CANDIDATES_SQL
+from pipeline.encoder import projection as projections
+from pipeline.encoder.projection import Projection
 from pipeline.photos.files import NOT_THERE
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
@@ -49,7 +52,8 @@ def main() -> None:
     )
     parser.add_argument("--failures", type=Path, required=True, help="failures.json to write")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU cores to use")
-    settings.add_flags(parser, *Identity._fields, "memory_mb", "max_failed_fraction")
+    parser.add_argument("--projection", default="", help="refuse another file of --pca than this")
+    settings.add_flags(parser, *Identity._fields, "pca", "memory_mb", "max_failed_fraction")
     args = parser.parse_args()
     chosen = settings.from_flags(args)
     if not chosen.source:
@@ -57,7 +61,8 @@ def main() -> None:
     if not chosen.model_rev:
         parser.error("--model-rev must name the encoder")
     args.encoded = parquet.shards(args.encoded, args.shards)
-    report = aggregate(args, chosen)
+    projection = projections.read(Path(chosen.pca), args.projection) if chosen.pca else None
+    report = aggregate(args, chosen, projection)
     log.info(
         "%d listings from %d images, %d failed -> %s",
         report.vectors, report.images, report.failed, args.output,
@@ -107,11 +112,11 @@ def means(vectors: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return mean
 
 
-def batch_of(encoded: pa.Table, identity: Identity) -> Batch:
+def batch_of(encoded: pa.Table, identity: Identity, projection: Projection | None) -> Batch:
     """What becomes of whole listings: they keep their order, which is the export's."""
     has_vec = encoded["vec"].is_valid()
     with_vec = encoded.filter(has_vec) if encoded["vec"].null_count else encoded
-    vectors, cancelled = _vectors(with_vec, identity)
+    vectors, cancelled = _vectors(with_vec, identity, projection)
     starts = parquet.listing_starts(encoded)
     images = np.diff(starts, append=encoded.num_rows)
     has_one = np.logical_or.reduceat(has_vec.to_numpy(), starts)
@@ -125,25 +130,37 @@ def batch_of(encoded: pa.Table, identity: Identity) -> Batch:
     )
 
 
-def _vectors(encoded: pa.Table, identity: Identity) -> tuple[pa.Table, pa.Table]:
+def _vectors(
+    encoded: pa.Table, identity: Identity, projection: Projection | None
+) -> tuple[pa.Table, pa.Table]:
     """The vectors of listings, and the listings whose images' vectors have no direction."""
     dim = parquet.dimension(encoded.schema)
     vectors = encoded["vec"].combine_chunks().flatten().to_numpy().reshape(-1, dim)
     starts = parquet.listing_starts(encoded)
     with np.errstate(all="ignore"):  # of vectors that are not finite
-        mean = means(vectors, starts)
-        length = np.sqrt(np.einsum("ij,ij->i", mean, mean))
-        mean /= length[:, np.newaxis]
+        mean, sound = _unit(means(vectors, starts))
+        if projection:
+            mean, has_direction = _unit(projection.apply(mean))
+            sound &= has_direction
     listings = encoded.select(parquet.LISTINGS.names).take(starts)
     columns = {
         **{name: listings[name] for name in listings.column_names},
         **{name: pa.repeat(value, len(starts)) for name, value in identity._asdict().items()},
-        "vec": pa.FixedSizeListArray.from_arrays(pa.array(mean.astype(np.float32).ravel()), dim),
+        "vec": pa.FixedSizeListArray.from_arrays(
+            pa.array(mean.astype(np.float32).ravel()), mean.shape[1]
+        ),
         "n_images": np.diff(starts, append=len(vectors)).astype(np.int32),
     }
-    made = pa.table(columns, schema=parquet.listing_vectors(dim))
-    sound = pa.array((length > SMALLEST_MEAN) & (length < math.inf))
-    return made.filter(sound), listings.filter(pc.invert(sound))
+    made = pa.table(columns, schema=parquet.listing_vectors(mean.shape[1]))
+    kept = pa.array(sound)
+    return made.filter(kept), listings.filter(pc.invert(kept))
+
+
+def _unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors (n, dim), in place, at length 1, and of which that is a direction."""
+    length = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    vectors /= length[:, np.newaxis]
+    return vectors, (length > SMALLEST_MEAN) & (length < math.inf)
 
 
 def _without(encoded: pa.Table) -> pa.Table:
@@ -167,9 +184,18 @@ WITH_CANDIDATES_SQL = f"""
     ORDER BY edited_date DESC, listing_id, generation"""
 
 
-def aggregate(args: argparse.Namespace, chosen: settings.Settings) -> Report:
-    """Write the three files; returns the report."""
+def aggregate(
+    args: argparse.Namespace, chosen: settings.Settings, projection: Projection | None = None
+) -> Report:
+    """Write the three files; returns the report.
+
+    ModelError: the projection was fitted on the vectors of another encoder.
+    """
     dim, made_by = _encoder_of(args.encoded)
+    if projection:
+        projection.check(made_by["encoder"], dim)
+        made_by["select"] = {**made_by["select"], "projection": projection.digest}
+        dim = projection.dimensions
     witnesses = made_by.pop("witnesses_there")
     made_by["aggregate"] = chosen.identity._asdict()
     report = Report()
@@ -178,7 +204,7 @@ def aggregate(args: argparse.Namespace, chosen: settings.Settings) -> Report:
         no_rows = parquet.WITHOUT_VECTOR.empty_table().drop_columns("candidates")
         con.from_arrow(no_rows).create("without")  # it spills what is too much for memory
         with parquet.writer(args.output, parquet.listing_vectors(dim), made_by) as writer:
-            for batch in _batches(args.encoded, chosen.identity, args.threads):
+            for batch in _batches(args.encoded, chosen.identity, projection, args.threads):
                 writer.write_table(batch.vectors, row_group_size=parquet.VECTOR_ROW_GROUP)
                 _count(con, batch, report)
             if not witnesses:
@@ -234,12 +260,14 @@ def _encoder_of(paths: list[Path]) -> tuple[int, dict[str, Any]]:
     return parquet.dimension(pq.read_schema(paths[0])), made_by
 
 
-def _batches(encoded: Iterable[Path], identity: Identity, threads: int) -> Iterator[Batch]:
+def _batches(
+    encoded: Iterable[Path], identity: Identity, projection: Projection | None, threads: int
+) -> Iterator[Batch]:
     """All batches in the order of the shards; so many threads work at those that come next."""
     coming: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for file, rows in _parts(encoded):
-            coming.append(pool.submit(_batch, file, rows, identity))
+            coming.append(pool.submit(_batch, file, rows, identity, projection))
             if len(coming) > threads:
                 yield coming.popleft().result()
         while coming:
@@ -256,10 +284,15 @@ def _parts(encoded: Iterable[Path]) -> Iterator[tuple[tuple[Path, pq.FileMetaDat
             start = rows.stop
 
 
-def _batch(file: tuple[Path, pq.FileMetaData], rows: range, identity: Identity) -> Batch:
+def _batch(
+    file: tuple[Path, pq.FileMetaData],
+    rows: range,
+    identity: Identity,
+    projection: Projection | None,
+) -> Batch:
     path, footer = file
     with pq.ParquetFile(path, metadata=footer, pre_buffer=False) as shard:
-        return batch_of(parquet.read_rows(shard, rows), identity)
+        return batch_of(parquet.read_rows(shard, rows), identity, projection)
 
 
 def _count(con: duckdb.DuckDBPyConnection, batch: Batch, report: Report) -> None:

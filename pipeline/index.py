@@ -26,7 +26,7 @@ from pipeline.database import hnsw, target
 from pipeline.database.connection import connect, fetch, quoted, session
 from pipeline.database.hnsw import Definition
 from pipeline.database.neighbours import EF_SEARCH, Neighbour, Neighbourhood, Query
-from pipeline.encoder.model import identity_of, model_of
+from pipeline.encoder.model import key_of
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.errors import DatabaseError, PipelineError, SettingsError
 from pipeline.stage.settings import Environment, Identity, Settings
@@ -96,10 +96,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def by_hand(args: argparse.Namespace) -> None:
     """`python -m pipeline index`: build and measure, for a person or in JSON."""
-    named = {n: getattr(args, n) for n in Identity._fields if getattr(args, n) is not None}
-    chosen = settings.read_config(args.config).model_copy(update=named)
-    identity = chosen.identity if chosen.model_rev else identity_of(chosen, model_of(chosen))
-    report = index(args, chosen, Environment.read(), identity)
+    chosen = settings.under_key(settings.read_config(args.config), args)
+    report = index(args, chosen, Environment.read(), key_of(chosen))
     print(json.dumps(report) if args.json else "\n".join(table(report)))
 
 
@@ -257,7 +255,7 @@ class Builder:
                 "--ef-construction, twice --m at least", str(wanted.ef_construction),
                 "command line", f"--ef-construction {4 * wanted.m}",
             )  # fmt: skip
-        dimension = hnsw.dimension_of(self._cursor, self._environment)
+        dimension = self._dimension()
         most = hnsw.MOST_DIMENSIONS[wanted.halfvec]
         if dimension > most:
             raise SettingsError(
@@ -268,7 +266,7 @@ class Builder:
 
     def _build(self, name: str, wanted: Definition) -> Built:
         rows = self._rows()
-        needed = wanted.graph_bytes(rows, hnsw.dimension_of(self._cursor, self._environment))
+        needed = wanted.graph_bytes(rows, self._dimension())
         taken = self._resources(needed)
         log.info(
             "building %s: %d vectors, with %d MB and %d workers beside the first",
@@ -317,6 +315,9 @@ class Builder:
         same = " AND ".join(f"{n} = ${i}" for i, n in enumerate(Identity._fields, 1))
         found = fetch(self._cursor, f"SELECT count(*) FROM {where} WHERE {same}", self._identity)
         return int(found[0][0])
+
+    def _dimension(self) -> int:
+        return hnsw.dimension_of(self._cursor, self._environment, self._identity)
 
     def _pid(self) -> int:
         return int(fetch(self._cursor, "SELECT pg_backend_pid()")[0][0])

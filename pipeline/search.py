@@ -6,6 +6,7 @@ the query's; never a listing that is deleted or spam by now; never the listing i
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,16 @@ import polars as pl
 from pipeline.database import registry, target
 from pipeline.database.connection import connect
 from pipeline.database.neighbours import Neighbour, Neighbourhood
-from pipeline.database.registry import NEVER_MIXED, MadeBy
+from pipeline.database.registry import MadeBy
 from pipeline.encode import Decoder
-from pipeline.encoder.model import Model, identity_of, model_of, resolve_device, resolve_precision
+from pipeline.encoder.model import (
+    NEVER_MIXED,
+    Model,
+    key_of,
+    model_of,
+    resolve_device,
+    resolve_precision,
+)
 from pipeline.photos.files import PhotoError
 from pipeline.photos.root import photos_at
 from pipeline.select import select_images
@@ -103,13 +111,12 @@ class Search:
         self, args: argparse.Namespace, chosen: Settings, environment: Environment
     ) -> None:
         self._args, self._environment = args, environment
-        named = {n: getattr(args, n) for n in Identity._fields if getattr(args, n) is not None}
-        self._chosen = chosen.model_copy(update=named)
+        self._chosen = settings.under_key(chosen, args)
         self._by_model = args.listing_id is None
 
     def answer(self) -> str:
         """The neighbours in the format that was asked for."""
-        identity, query = self._identity(), None
+        identity, query = key_of(self._chosen), None
         if self._by_model:
             self._refuse_another_encoder(identity)
             query = self._encoded()
@@ -128,31 +135,35 @@ class Search:
             return self._page(found, identity, asked)
         return _table(found)
 
-    @property
+    @functools.cached_property
     def _model(self) -> Model:
         return model_of(self._chosen)
 
-    def _identity(self) -> Identity:
-        """The key; only where it is not named does it need the model."""
-        if self._chosen.model_rev:
-            return self._chosen.identity
-        return identity_of(self._chosen, self._model)
-
     def _refuse_another_encoder(self, identity: Identity) -> None:
-        """ModelError: the vectors of the key are not known to be of the model of the settings."""
+        """ModelError: the vectors of the key are not known to be made as the query's will be."""
         with connect(read_only=True) as connection, connection.cursor() as cursor:
             there = registry.registered(cursor, self._environment).get(identity)
         ours = MadeBy.planned(self._chosen, self._model)
-        unlike = [p for p in NEVER_MIXED if there and there.encoder.get(p) != ours.encoder.get(p)]
-        if there is None or unlike:
-            found = f"another {' and '.join(unlike)}" if unlike else "none that is registered"
+        found = "none that is registered" if there is None else _unlike(there, ours)
+        if found:
             raise ModelError(
-                f"the encoder that made the vectors of {identity}", found,
-                self._model.model_rev, "set model_name and pretrained, or --source and --model-rev",
+                f"the encoder that made the vectors of {identity}", found, self._model.model_rev,
+                "set model_name and pretrained, and pca; or --source, --model-rev and --pca-rev",
             )  # fmt: skip
 
     def _encoded(self) -> Vector:
-        """The unit vector of the words, or of the photos' mean."""
+        """The unit vector of the words, or of the photos' mean, projected as those of the key."""
+        query: npt.NDArray[np.floating] = self._mean()
+        if self._model.projection:
+            query = self._model.projection.apply(query[np.newaxis])[0]
+        length = np.linalg.norm(query)
+        if not length > 0:
+            raise DataError("photos with a direction", "vectors that cancel out or are not finite")
+        vector: Vector = (query / length).astype(np.float32)
+        return vector
+
+    def _mean(self) -> npt.NDArray[np.floating]:
+        """The unit vector of the words, or of the photos' mean, as the encoder has it."""
         if self._args.text is not None:
             from pipeline.encoder.text import encode_text
 
@@ -168,11 +179,9 @@ class Search:
             _decoded(data, decode, path) for path, data in zip(self._args.image, files, strict=True)
         ]
         mean = encoder.encode(pixels).mean(axis=0, dtype=np.float64)
-        length = np.linalg.norm(mean)
-        if not length > 0:
-            raise DataError("photos with a direction", "vectors that cancel out or are not finite")
-        vector: Vector = (mean / length).astype(np.float32)
-        return vector
+        with np.errstate(all="ignore"):  # of photos that cancel out
+            unit: npt.NDArray[np.float64] = mean / np.linalg.norm(mean)
+        return unit
 
     def _photos(self, there: Neighbourhood, of: Sequence[Neighbour]) -> dict[int, list[str]]:
         """Of each listing the storage_path of the photos that `select` would take, by rank."""
@@ -220,6 +229,14 @@ class Search:
         except (PhotoError, PipelineError, OSError) as error:
             return {"path": path, "image": "", "error": str(error)}
         return {"path": path, "image": image, "error": ""}
+
+
+def _unlike(there: MadeBy, ours: MadeBy) -> str:
+    """'another weights and projection', or nothing: what forbids to compare their vectors."""
+    parts = [p for p in NEVER_MIXED if there.encoder.get(p) != ours.encoder.get(p)]
+    if (there.recipe or {}).get("projection", "") != (ours.recipe or {})["projection"]:
+        parts.append("projection")
+    return f"another {' and '.join(parts)}" if parts else ""
 
 
 def _bytes_of(path: Path) -> bytes:

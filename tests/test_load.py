@@ -255,7 +255,7 @@ def test_the_extension_may_live_in_a_schema_of_its_own(load: Load) -> None:
     with connections.connect() as connection, connection.cursor() as cursor:
         target.check(cursor, Environment.read({}), 3)
         target.check(cursor, Environment.read({}), None)
-        with pytest.raises(DatabaseError, match=r"expected column vec vector\(4\), the model's"):
+        with pytest.raises(DatabaseError, match=r"expected column vec vector\(4\), the dimension"):
             target.check(cursor, Environment.read({}), 4)
         cursor.execute("ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE real[]")
         with pytest.raises(DatabaseError, match=r"vec vector\(N\), .* found real\[\]"):
@@ -391,8 +391,9 @@ MIXING: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "projection": (
         {"recipe": {**RECIPE, "projection": "p"}},
-        'projection "p" instead of ""',
-        "give the recipe its own source, or overwrite all of them with force",
+        "another projection",
+        "leave pca_rev empty, so that it follows the file of pca, or overwrite all of them with"
+        " force",
     ),
     "all": (
         {"encoder": {**ENCODER, "weights": "x", "transform": "x"}, "recipe": {**RECIPE, "topk": 3}},
@@ -824,11 +825,11 @@ def test_a_failed_load_writes_nothing(load: Load) -> None:
         ("DROP TABLE ml.img_vec512_v1", 'the target table "ml"."img_vec512_v1", found no such'),
         (
             "ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE vector(4)",
-            "expected column vec vector(3), the model's dimension, found vector(4)",
+            "expected column vec vector(3), the dimension of the vectors, found vector(4)",
         ),
         (
             "ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE real[]",
-            "expected column vec vector(3), the model's dimension, found real[]",
+            "expected column vec vector(3), the dimension of the vectors, found real[]",
         ),
         (
             "ALTER TABLE ml.img_vec512_v1 DROP CONSTRAINT img_vec512_v1_pkey",
@@ -848,7 +849,7 @@ def test_a_failed_load_writes_nothing(load: Load) -> None:
         ("ALTER TABLE ml.img_vec512_v1 DROP COLUMN n_images", "n_images integer, found no such"),
         (
             "ALTER TABLE ml.img_vec512_v1 DROP COLUMN vec",
-            "expected column vec vector(3), the model's dimension, found no such column (",
+            "expected column vec vector(3), the dimension of the vectors, found no such column (",
         ),
         ("DROP EXTENSION vector CASCADE", "the pgvector extension, found none in this database"),
     ],

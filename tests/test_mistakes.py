@@ -105,9 +105,9 @@ MISTAKES = {
         env={"LISTINGS_SCHEMA": "iphone"},
     ),
     "a table of another dimension": Mistake(
-        "expected column vec vector(512), the model's dimension, found vector(768)"
+        "expected column vec vector(512), the dimension of the vectors, found vector(768)"
         ' ("ml"."img_vec512_v1"); hint: choose a model of that dimension, or another'
-        " VECTORS_TABLE for this one",
+        " VECTORS_TABLE for this one; a table for several: create-table --dimension any",
         sql="ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE vector(768)",
     ),
     "uuid ids": Mistake(

@@ -386,7 +386,7 @@ def test_what_the_load_could_not_do_is_refused_before(
     assert [str(plan.RECEIPT)] == forced
     assert "found 1 rows that would stay" in rest
     assert "INSERT" in rights
-    assert "expected column vec vector(512), the model's dimension" in dimension
+    assert "expected column vec vector(512), the dimension of the vectors" in dimension
     assert none == str(last.value) == (
         "error: expected PG_DSN of a database to load into, found none; hint: the target without"
         " is: vectors"

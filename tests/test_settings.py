@@ -480,7 +480,7 @@ def test_a_rule_names_the_settings_of_its_command(
     flags = {f.replace("-", "_") for f in re.findall(r"^  --([\w-]+)", text, re.M)}
     module = importlib.import_module(f"pipeline.{stage}")
 
-    chosen_by_the_plan = {"weights", "threads", "shards"}
+    chosen_by_the_plan = {"weights", "projection", "threads", "shards"}
     assert named_at(stage) - chosen_by_the_plan == (
         flags & Settings.model_fields.keys() - chosen_by_the_plan
     )

@@ -910,7 +910,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dimension": (
         {"sql": "ALTER TABLE ml.img_vec512_v1 ALTER vec TYPE vector(768)"},
-        "expected column vec vector(512), the model's dimension, found vector(768)",
+        "expected column vec vector(512), the dimension of the vectors, found vector(768)",
     ),
     "key": (
         {"sql": "ALTER TABLE ml.img_vec512_v1 DROP CONSTRAINT img_vec512_v1_pkey"},

@@ -184,9 +184,22 @@ def refuse_while_building(cursor: Cursor, environment: Environment) -> None:
         run(cursor, "ROLLBACK")
 
 
-def dimension_of(cursor: Cursor, environment: Environment) -> int:
-    """Of the table's vectors."""
-    return int(columns(cursor, environment.vectors)["vec"].split("(")[1].rstrip(")"))
+def is_typed(cursor: Cursor, environment: Environment) -> bool:
+    """Whether the table's column has a dimension, so that all keys have the same."""
+    return "(" in columns(cursor, environment.vectors)["vec"]
+
+
+def dimension_of(cursor: Cursor, environment: Environment, identity: Identity) -> int:
+    """Of the vectors of a key that has any."""
+    if is_typed(cursor, environment):
+        return int(columns(cursor, environment.vectors)["vec"].split("(")[1].rstrip(")"))
+    found = fetch(
+        cursor,
+        f"SELECT vector_dims(vec) FROM {quoted(environment.vectors)}"
+        " WHERE source = $1 AND model_rev = $2 AND pca_rev = $3 LIMIT 1",
+        identity,
+    )
+    return int(found[0][0])
 
 
 def server(cursor: Cursor) -> Server:
@@ -204,11 +217,12 @@ def build(
     cursor: Cursor, environment: Environment, identity: Identity, name: str, wanted: Definition
 ) -> None:
     """CREATE INDEX CONCURRENTLY and its comment; what cuts it off leaves one that is not valid."""
-    column = "vec vector_ip_ops"
+    column, dimension = "vec vector_ip_ops", dimension_of(cursor, environment, identity)
     if wanted.halfvec:
         # Over ::vector, as the view and the function declare it: only so their queries match.
-        half = f"halfvec({dimension_of(cursor, environment):d})"
-        column = f"(vec::vector::{half}) halfvec_ip_ops"
+        column = f"(vec::vector::halfvec({dimension:d})) halfvec_ip_ops"
+    elif not is_typed(cursor, environment):
+        column = f"(vec::vector({dimension:d})) vector_ip_ops"
     source, model_rev, pca_rev, purpose = _literals(
         cursor, [*identity, f"python -m pipeline index: the neighbours of {identity}"]
     )

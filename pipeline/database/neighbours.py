@@ -147,6 +147,8 @@ class Neighbourhood:
         if self._index and self._index.definition.halfvec:
             half = f"halfvec({dimension:d})"
             distance = f"v.vec::{half} <#> $4::text::{half}"
+        elif self._index and not hnsw.is_typed(self._cursor, self._environment):
+            distance = f"v.vec::vector({dimension:d}) <#> $4::text::vector"
         return (
             "SELECT * FROM (SELECT v.listing_id, v.edited_date,"
             f" -(v.vec <#> $4::text::vector) AS cosine FROM {self._vectors}"

@@ -14,14 +14,11 @@ from adbc_driver_manager.dbapi import Cursor
 
 from pipeline.database.catalog import columns
 from pipeline.database.connection import fetch, quoted, run_script
-from pipeline.encoder.model import Model, fingerprint, identity_of
+from pipeline.encoder.model import NEVER_MIXED, Model, identity_of, planned_fingerprint
 from pipeline.stage.errors import MixedVectors
 from pipeline.stage.settings import Environment, Identity, Settings
 
 log = logging.getLogger("pipeline")
-
-# Of an encoder: the rest, precision, decoding and orientation, moves a vector by little.
-NEVER_MIXED = ("weights", "architecture", "transform")
 
 _OF_KEY = "source = $1 AND model_rev = $2 AND pca_rev = $3"
 _ASK_THE_OWNER = "python -m pipeline create-table as the owner"
@@ -41,14 +38,10 @@ class MadeBy:
 
     @classmethod
     def planned(cls, chosen: Settings, model: Model) -> "MadeBy":
-        """What the settings ask for. Its precision may be auto: it is not resolved here."""
-        encoder = fingerprint(
-            model,
-            precision=chosen.precision,
-            decode=chosen.decode,
-            apply_exif_orientation=chosen.apply_exif_orientation,
-        )
-        return cls(encoder.as_dict(), chosen.recipe)
+        """What the settings ask for; see planned_fingerprint."""
+        digest = model.projection.digest if model.projection else ""
+        recipe = {**chosen.recipe, "projection": digest}
+        return cls(planned_fingerprint(chosen, model).as_dict(), recipe)
 
     def unlike(self, other: "MadeBy") -> list[str]:
         """The parts in which these vectors differ from `other`'s so that no key may have both."""
@@ -160,8 +153,10 @@ def refuse_mixing(
         ways.append("give the encoder its own model_rev")
     if "topk" in parts:
         ways.append("leave source empty, so that it follows topk")
-    elif set(parts) - set(NEVER_MIXED):
+    elif set(parts) - {*NEVER_MIXED, "projection"}:
         ways.append("give the recipe its own source")
+    if "projection" in parts:
+        ways.append("leave pca_rev empty, so that it follows the file of pca")
     raise MixedVectors(
         f"vectors of the encoder and recipe that made {_shown(identity)} in the table",
         _differences(there, made_by),
@@ -190,11 +185,11 @@ def _shown(identity: Identity) -> str:
 
 
 def _differences(there: MadeBy, made_by: MadeBy) -> str:
-    """In words: another weights and topk 2 instead of 5."""
+    """In words: another weights and topk 2 instead of 5; a hash says nothing to anyone."""
     old, new = there.recipe or {}, made_by.recipe or {}
     return " and ".join(
         f"another {part}"
-        if part in NEVER_MIXED
+        if part in NEVER_MIXED or part == "projection"
         else f"{part} {json.dumps(new.get(part))} instead of {json.dumps(old.get(part))}"
         for part in made_by.unlike(there)
     )

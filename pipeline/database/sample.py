@@ -74,6 +74,20 @@ class Current:
                     ids: Ids = batch.column(0).to_numpy()
                     yield ids, _matrix(batch.column(1).to_pylist())
 
+    def drawn(self, rows: int, seed: int) -> Iterator[Vectors]:
+        """Batches (n, dim) of `rows` vectors at most, drawn and ordered by a seeded hash."""
+        hashed = f"hashint8extended(v.listing_id, {seed:d})"
+        with translated_errors():
+            # The hashes alone are sorted to find the last; of all vectors, that would take a disk.
+            self._cursor.execute(
+                f"SELECT v.vec FROM {self._view} v WHERE {_OF_KEY} AND {hashed} <="
+                f" (SELECT max(hash) FROM (SELECT {hashed} AS hash FROM {self._view} v"
+                f" WHERE {_OF_KEY} ORDER BY 1 LIMIT {rows:d}) few) ORDER BY {hashed}, v.listing_id"
+            )
+            for batch in self._cursor.fetch_record_batch():
+                if batch.num_rows:
+                    yield _matrix(batch.column(0).to_pylist())
+
     def _embedded(self, order: str, number: int) -> list[Embedded]:
         rows = fetch(
             self._cursor,

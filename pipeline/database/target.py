@@ -23,8 +23,11 @@ _TYPES = {
 _HINT = "python -m pipeline create-table makes one of the right shape (VECTORS_TABLE names it)"
 
 
-def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> None:
-    """Create in the database of PG_DSN what is missing; what is there stays as it is."""
+def create_tables(environment: Environment, dimension: int | None, *, inputs: bool) -> None:
+    """Create in the database of PG_DSN what is missing; what is there stays as it is.
+
+    With None as the dimension, keys may have vectors of different ones.
+    """
     with connect() as connection:
         with connection.cursor() as cursor:
             create(cursor, environment, dimension, inputs=inputs)
@@ -32,7 +35,9 @@ def create_tables(environment: Environment, dimension: int, *, inputs: bool) -> 
             connection.commit()
 
 
-def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: bool) -> None:
+def create(
+    cursor: Cursor, environment: Environment, dimension: int | None, *, inputs: bool
+) -> None:
     """Create the target, its registry and, where this role may read the listings, their view.
 
     With `inputs`, the three input tables too, for a trial. DatabaseError: a target is there, and
@@ -41,12 +46,15 @@ def create(cursor: Cursor, environment: Environment, dimension: int, *, inputs: 
     _require_extension(cursor)
     _require_create(cursor, environment)
     there = has_table(cursor, environment.vectors)
-    names = _names(environment) | {"dimension": str(dimension), "storage": storage(dimension)}
+    kind, stored = f"vector({dimension})" if dimension else "vector", storage(dimension or 0)
+    names = _names(environment) | {"kind": kind, "storage": stored}
     for script, wanted in {"target.sql": not there, "inputs.sql": inputs}.items():
         if wanted:
             run_script(cursor, script, names)
     registry.create(cursor, environment)
     check(cursor, environment, dimension)
+    if dimension is None:
+        _require_any_dimension(cursor, environment)
     if may_read(cursor, environment.listings) and may_replace(cursor, environment.current):
         run_script(cursor, "current.sql", names)
 
@@ -88,6 +96,17 @@ def _require_create(cursor: Cursor, environment: Environment) -> None:
         )
 
 
+def _require_any_dimension(cursor: Cursor, environment: Environment) -> None:
+    """The column has no dimension; else DatabaseError has the statement that takes it away."""
+    kind, where = columns(cursor, environment.vectors)["vec"], quoted(environment.vectors)
+    if "(" in kind:
+        raise DatabaseError(
+            "column vec vector, of any dimension", kind, where,
+            f"as the owner, in a moment: ALTER TABLE {where} ALTER vec TYPE vector,"
+            f" ALTER vec SET STORAGE {storage(0)} (drop its HNSW indexes before)",
+        )  # fmt: skip
+
+
 def storage(dimension: int) -> str:
     """How Postgres is to store vectors: in their rows (PLAIN), or beside them if too long."""
     return "PLAIN" if dimension <= WIDEST_IN_ROW else "EXTERNAL"
@@ -119,7 +138,8 @@ def _names(environment: Environment) -> dict[str, str]:
 def check(cursor: Cursor, environment: Environment, dimension: int | None) -> None:
     """The target has the key, the columns and the vector dimension; else DatabaseError.
 
-    `dimension` is the model's; None where it is not known before the model is loaded.
+    `dimension` is that of the vectors to come; None where only the loaded model would say it. A
+    column without one takes any.
     """
     where = quoted(environment.vectors)
     if not fetch(cursor, "SELECT 1 FROM pg_extension WHERE extname = 'vector'"):
@@ -140,13 +160,16 @@ def check(cursor: Cursor, environment: Environment, dimension: int | None) -> No
 
 def _check_dimension(kind: str, dimension: int | None, where: str) -> None:
     plain = kind.split(".")[-1]  # the extension may live in a schema off the search path
+    if plain == "vector":
+        return
     if not plain.startswith("vector(") or (dimension and plain != f"vector({dimension})"):
         wanted = f"vector({dimension})" if dimension else "vector(N)"
         raise DatabaseError(
-            f"column vec {wanted}, the model's dimension",
+            f"column vec {wanted}, the dimension of the vectors",
             kind,
             where,
-            "choose a model of that dimension, or another VECTORS_TABLE for this one",
+            "choose a model of that dimension, or another VECTORS_TABLE for this one; a table for"
+            " several: create-table --dimension any",
         )
 
 

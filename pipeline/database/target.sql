@@ -7,7 +7,7 @@ CREATE TABLE IF NOT EXISTS {vectors} (
     source      text        NOT NULL,
     model_rev   text        NOT NULL,
     pca_rev     text        NOT NULL DEFAULT '',
-    vec         vector({dimension}) NOT NULL,
+    vec         {kind} NOT NULL,
     n_images    int         NOT NULL,
     updated_at  timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (listing_id, edited_date, source, model_rev, pca_rev)

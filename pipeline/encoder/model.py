@@ -20,18 +20,24 @@ import logging
 import re
 import runpy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.stage.errors import ModelError, SettingsError
 from pipeline.stage.settings import Identity, Settings
+
+if TYPE_CHECKING:
+    from pipeline.encoder.projection import Projection
 
 log = logging.getLogger("pipeline")
 
 # Raise it when a photo's pixels change by this project's decoding or resizing: vectors that were
 # remembered are then stale.
 TRANSFORM_VERSION = 1
+
+# Of a fingerprint: the rest, precision, decoding and orientation, moves a vector by little.
+NEVER_MIXED = ("weights", "architecture", "transform")
 
 LOCAL_DIR = "local-dir:"
 HUB = "hf-hub:"
@@ -59,7 +65,8 @@ class Model:
     with `size` as [height, width]; it and `embed_dim` are None where only the hub knows them.
     `checkpoint` (a local file) or `hub` ("owner/repository/file"; no file: the default one) says
     where the weights are; paths are in no other field but `name` and `pretrained`, which
-    open_clip needs as they were given.
+    open_clip needs as they were given. `projection` is what comes after, in aggregate and for a
+    query; encode knows none.
     """
 
     name: str
@@ -71,6 +78,12 @@ class Model:
     model_rev: str
     checkpoint: Path | None = None
     hub: str = ""
+    projection: "Projection | None" = None
+
+    @property
+    def dimension(self) -> int | None:
+        """Of the listings' vectors: `embed_dim`, unless they are projected."""
+        return self.projection.dimensions if self.projection else self.embed_dim
 
 
 @dataclass(frozen=True)
@@ -95,14 +108,44 @@ class Fingerprint:
 
 
 def model_of(chosen: Settings) -> Model:
-    """The configured model, its weights not loaded."""
-    return find_model(chosen.model_name, chosen.pretrained, remember=Path(chosen.cache_dir))
+    """The configured model, its weights not loaded, with the projection of its vectors, if any.
+
+    ModelError: there is no such model, no such projection, or it is of another encoder's vectors.
+    """
+    model = find_model(chosen.model_name, chosen.pretrained, remember=Path(chosen.cache_dir))
+    if not chosen.pca:
+        return model
+    from pipeline.encoder.projection import read  # here: its imports are slower than this module
+
+    projection = read(Path(chosen.pca))
+    projection.check(planned_fingerprint(chosen, model).as_dict(), model.embed_dim)
+    return replace(model, projection=projection)
 
 
 def identity_of(chosen: Settings, model: Model) -> Identity:
     """The part of the target's key that the settings and their model decide."""
     identity = chosen.identity
-    return identity._replace(model_rev=identity.model_rev or model.model_rev)
+    projected = model.projection.rev if model.projection else ""
+    return identity._replace(
+        model_rev=identity.model_rev or model.model_rev, pca_rev=identity.pca_rev or projected
+    )
+
+
+def key_of(chosen: Settings) -> Identity:
+    """The same; the model and its projection are looked for only where the key needs them."""
+    if chosen.model_rev and (chosen.pca_rev or not chosen.pca):
+        return chosen.identity
+    return identity_of(chosen, model_of(chosen))
+
+
+def planned_fingerprint(chosen: Settings, model: Model) -> "Fingerprint":
+    """What the settings ask for. Its precision may be auto: it is not resolved here."""
+    return fingerprint(
+        model,
+        precision=chosen.precision,
+        decode=chosen.decode,
+        apply_exif_orientation=chosen.apply_exif_orientation,
+    )
 
 
 def find_model(model_name: str, pretrained: str, remember: Path | None = None) -> Model:

@@ -70,7 +70,10 @@ class Settings(BaseModel):
         "", description="key: which recipe made the vectors; empty: listing_images_topk<topk>_v1"
     )
     model_rev: str = Field("", description="key: which encoder; empty: <model_name>/<pretrained>")
-    pca_rev: str = Field("", description="key: which projection came after; empty: none")
+    pca_rev: str = Field(
+        "", description="key: which projection came after; empty: the file of pca, or none"
+    )
+    pca: str = Field("", description="file of `pca fit` that projects the vectors; empty: none")
 
     batch_size: int = Field(96, ge=1, le=4096, description="images per forward pass, at most")
     num_workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
@@ -117,13 +120,16 @@ class Settings(BaseModel):
 
     @property
     def identity(self) -> Identity:
-        """The key's part as these settings name it; an empty model_rev is the model's to say."""
+        """The key's part as these settings name it; see identity_of for what is left empty."""
         source = self.source or f"listing_images_topk{self.topk}_v1"
         return Identity(source, self.model_rev, self.pca_rev)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What beside the encoder makes a listing's vector; the registry keeps it for each key."""
+        """What beside the encoder makes a listing's vector; the registry keeps it for each key.
+
+        The digest of a projection is filled in by who has read the file of `pca`.
+        """
         return {
             "topk": self.topk,
             "exclude_stock": self.exclude_stock,
@@ -131,7 +137,7 @@ class Settings(BaseModel):
             "projection": "",
         }
 
-    @field_validator(*Identity._fields, "model_name", "pretrained", "cache_dir", "device")
+    @field_validator(*Identity._fields, "model_name", "pretrained", "pca", "cache_dir", "device")
     @classmethod
     def _printable(cls, value: str) -> str:
         if not value.isprintable():
@@ -197,6 +203,17 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def _metavar(annotation: Any) -> str:
     return {int: "N", float: "X", bool: "true|false"}.get(annotation, "TEXT")
+
+
+def under_key(chosen: Settings, args: argparse.Namespace) -> Settings:
+    """The settings with the parts of the key that a command's flags name.
+
+    An empty --pca-rev is the key of vectors as they were encoded.
+    """
+    named = {n: getattr(args, n) for n in Identity._fields if getattr(args, n) is not None}
+    if named.get("pca_rev") == "":
+        named["pca"] = ""
+    return chosen.model_copy(update=named)
 
 
 def from_flags(args: argparse.Namespace) -> Settings:

@@ -35,6 +35,7 @@ UNDECIDING = {
     "database/listing.py": "no stage: looked at by hand",
     "database/rights.py": "asked before any work is done",
     "index.py": "an index changes no row",
+    "pca.py": "no stage: used by hand, and the file that it writes is in the params",
     "database/hnsw.py": "likewise",
     "database/obsolete.py": "no stage: used by hand",
     "database/inputs.sql": "no stage: makes tables for a trial",

@@ -176,7 +176,7 @@ class Workflow:
             self.database = described(cursor)
             check_inputs(cursor, self.environment)
             rights.check_reading(cursor, self.environment)
-            target.check(cursor, self.environment, self.model.embed_dim)
+            target.check(cursor, self.environment, self.model.dimension)
             pending = prepare(cursor, self.environment, self._chosen, left_out)
             self._refuse_mixing(cursor, pending.rest)
             digest = Digest(*fetch(cursor, pending.digest)[0])
@@ -311,8 +311,9 @@ class Workflow:
     def flags(self, *names: str) -> Params:
         """The params of a rule: these settings, as flags of its command.
 
-        `weights`, the hash of the model's, goes under its name too. The key is complete: an empty
-        model_rev stands for the model's.
+        `weights`, the hash of the model's, and `projection`, that of the file of `pca`, go under
+        their names too. The key is complete: an empty model_rev stands for the model's, an empty
+        pca_rev for the projection's.
         """
 
         @one_line_errors
@@ -324,6 +325,8 @@ class Workflow:
     def _value(self, name: str) -> object:
         if name == "weights":
             return self.model.weights
+        if name == "projection":
+            return self.model.projection.digest if self.model.projection else ""
         return getattr(self.identity if name in Identity._fields else self.settings, name)
 
     def export(self, *names: str) -> Params:

@@ -17,7 +17,13 @@ from pipeline.database import hnsw, inputs, registry, rights, target, waiting
 from pipeline.database.catalog import has_table
 from pipeline.database.connection import connect, fetch, quoted
 from pipeline.database.pending import Pending, prepare
-from pipeline.encoder.model import Model, model_of, resolve_device, resolve_precision
+from pipeline.encoder.model import (
+    Model,
+    identity_of,
+    model_of,
+    resolve_device,
+    resolve_precision,
+)
 from pipeline.photos.files import PhotoError
 from pipeline.photos.root import photos_at
 from pipeline.stage.errors import (
@@ -135,11 +141,14 @@ class Preflight:
         weights_present(model)
         name = self.chosen.model_rev or model.model_rev
         yield Finding("ok", f"model: {name}, {model.embed_dim}-d, weights present")
+        if model.projection:
+            rev = identity_of(self.chosen, model).pca_rev
+            yield Finding("ok", f"projection: {rev}, to {model.projection.dimensions}-d")
 
     def _dimension(self) -> int | None:
-        """The model's, unless there is no such model, which is said elsewhere."""
+        """Of the vectors, unless there is no such model or projection, which is said elsewhere."""
         try:
-            return self.model.embed_dim
+            return self.model.dimension
         except ModelError:
             return None
 
@@ -216,11 +225,11 @@ class Preflight:
     def _pending(self, cursor: Cursor, force: bool) -> Pending:
         """The export's own queries, of few listings."""
         limit = min(LISTINGS, self.chosen.limit_listings)
-        model_rev = self.chosen.model_rev
-        if not model_rev and self._dimension():
-            model_rev = self.model.model_rev
+        identity = self.chosen.identity
+        if self._dimension():
+            identity = identity_of(self.chosen, self.model)
         chosen = self.chosen.model_copy(
-            update={"limit_listings": limit, "force": force, "model_rev": model_rev}
+            update={"limit_listings": limit, "force": force, **identity._asdict()}
         )
         files = waiting.Files(chosen, self.environment.image_root)
         left_out = waiting.left_out(files, chosen, chosen.identity)

@@ -19,8 +19,8 @@ from pipeline.stage.settings import Settings
 # flag on the command line: setting in config.yaml
 _VALUES = {
     "limit-listings": int, "topk": int, "model-name": str, "pretrained": str, "source": str,
-    "model-rev": str, "pca-rev": str, "batch-size": int, "num-workers": int, "device": str,
-    "benchmark-images": int,
+    "model-rev": str, "pca-rev": str, "pca": str, "batch-size": int, "num-workers": int,
+    "device": str, "benchmark-images": int,
 }  # fmt: skip
 
 

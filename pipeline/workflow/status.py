@@ -124,7 +124,7 @@ def look(chosen: Settings, environment: Environment) -> Status:
     left_out = waiting.left_out(waiting.Files(chosen, environment.image_root), chosen, identity)
     with connect(read_only=True, repeatable=True) as connection, connection.cursor() as cursor:
         check_inputs(cursor, environment)
-        target.check(cursor, environment, model.embed_dim)
+        target.check(cursor, environment, model.dimension)
         plain = chosen.model_copy(update={"force": False})
         pending = prepare(cursor, environment, plain, left_out)
         counted, digest = census.take(cursor, pending), Digest(*fetch(cursor, pending.digest)[0])

@@ -70,7 +70,7 @@ def lines(listing_id: int, chosen: Settings, environment: Environment) -> Iterat
     chosen = chosen.model_copy(update=identity_of(chosen, model)._asdict())
     with connect(read_only=True, repeatable=True) as connection, connection.cursor() as cursor:
         check_inputs(cursor, environment)
-        target.check(cursor, environment, model.embed_dim)
+        target.check(cursor, environment, model.dimension)
         rows = listing.rows(cursor, environment, listing_id)
         vectors = listing.vectors(cursor, environment, listing_id)
         if not rows and not vectors:
