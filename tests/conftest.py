@@ -276,7 +276,7 @@ def new_environment(dsn: str) -> dict[str, str]:
     return {**kept, "PG_DSN": dsn, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def create_tables(database: Database, dimension: int = 512) -> None:
+def create_tables(database: Database, dimension: int | None = 512) -> None:
     """The three input tables and the target, under their default names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PG_DSN", database.dsn)

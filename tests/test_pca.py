@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,23 @@ from conftest import (
     Workspace,
     create_tables,
     new_database,
-    new_environment,
     new_listing,
     new_workspace,
 )
 
 from pipeline import __main__ as commands
-from pipeline import aggregate, index, search
-from pipeline.database import hnsw
+from pipeline import aggregate
 from pipeline.database.connection import connect
 from pipeline.database.neighbours import Neighbourhood
 from pipeline.encoder import projection
 from pipeline.stage import parquet
-from pipeline.stage.errors import DatabaseError, DataError, PipelineError, SettingsError
+from pipeline.stage.errors import PipelineError
 from pipeline.stage.settings import Environment, Identity, Settings
+from pipeline.workflow import preflight
 from pipeline.workflow.plan import Workflow
 
 OF, DIM, LISTINGS = 16, 4, 300
+PHOTOGRAPHED = 9
 ENCODER = {"weights": "w", "architecture": "a", "transform": "t", "precision": "fp32"}
 IDENTITY = {"source": "s", "model_rev": "m", "pca_rev": ""}
 MADE_BY = {
@@ -117,9 +117,7 @@ def test_the_fit_is_that_of_numpy_alone() -> None:
 
     np.testing.assert_allclose(found.mean, mean, atol=1e-12)
     np.testing.assert_allclose(found.explained_variance, variance, rtol=1e-9)
-    np.testing.assert_allclose(
-        np.abs(np.sum(found.components * components, axis=1)), 1, atol=1e-9
-    )
+    np.testing.assert_allclose(np.abs(np.sum(found.components * components, axis=1)), 1, atol=1e-9)
     assert (found.components[range(DIM), largest] > 0).all()
     assert vectors.astype(float).var(axis=0, ddof=1).sum() == pytest.approx(found.total_variance)
     assert LISTINGS == found.rows
@@ -204,12 +202,12 @@ def test_the_same_rows_and_seed_give_the_same_bytes(
     assert {k: v for k, v in ENCODER.items() if k != "precision"} == first.encoder
     assert (50, OF, DIM) == (first.fit.rows, first.of, first.dimensions)
     assert "a/p.parquet: 16 to 4 dimensions, by 50 vectors of s · m" == said[0]
-    assert f"of the variance is kept: {first.fit.kept(4):.1%} by 4, " == said[1][:-24]
+    assert said[1].startswith(f"of the variance is kept: {first.fit.kept(4):.1%} by 4, ")
     assert "in config.yaml:  pca: a/p.parquet" == said[2]
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "few vectors": (("--from", "few"), "expected more vectors than the 4 dimensions to fit, found 4"),
+    "few vectors": (("--from", "few"), "expected more vectors than the 4 dimensions to fit, fou"),
     "more dimensions": (
         ("--from", "sound", "--dimensions", "17"), "expected --dimensions, 16 at most, found 17",
     ),
@@ -233,7 +231,7 @@ def test_what_cannot_be_fitted_is_one_line(
     monkeypatch.chdir(tmp_path)
     aggregated(Path("sound"), drawn())
     aggregated(Path("few"), drawn(4))
-    aggregated(Path("infinite"), np.where(drawn() > 0.9, np.inf, drawn()).astype("f4"))
+    aggregated(Path("infinite"), np.vstack([drawn(), np.full((1, OF), np.inf)]).astype("f4"))
     aggregated(Path("other"), drawn(), encoder={**ENCODER, "weights": "x"})
     aggregated(Path("projected"), drawn(), select={"projection": "p"})
     with parquet.writer(Path("shard"), parquet.encoded(OF), MADE_BY):
@@ -255,9 +253,9 @@ DAMAGE: dict[str, Any] = {
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit amid the vectors, which take most of the file, is another."""
-    middle = len(data) // 4
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    """One bit of a number of the first component is another."""
+    number = projection.fit([drawn()], DIM).components[0][:1].tobytes()
+    return data.replace(number, bytes([number[0] ^ 1]) + number[1:])
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -284,18 +282,240 @@ def test_a_file_that_changed_since_the_plan_is_refused(
 # --- the workflow, and the table with both keys
 
 
-class Market(Workspace):
-    """A marketplace in a table of any dimension: first without, then with a projection."""
+@dataclass
+class Market:
+    """A marketplace in a table of any dimension, run without a projection, then with one, twice."""
 
-    runs: dict[str, Run]
-    pca: str
+    work: Workspace
+    runs: list[Run]
+    pca: Path
+    rev: str
 
-    @property
-    def projected(self) -> dict[str, str]:
-        return {"pca": self.pca}
-
-    def vectors_of(self, pca_rev: str) -> dict[int, Numbers]:
-        found = self.database.execute(
+    def vectors(self, pca_rev: str) -> dict[int, Numbers]:
+        """Of each listing, under the key with this pca_rev."""
+        found = self.work.database.execute(
             f"SELECT listing_id, vec::real[] FROM {TABLE} WHERE pca_rev = $1 ORDER BY 1", pca_rev
         )
         return {listing: np.array(vec) for listing, vec in found}
+
+    def config(self, **more: Any) -> dict[str, Any]:
+        model = {"model_name": f"local-dir:{self.work.encoder}"}
+        return {**model, "pca": str(self.pca), "shards": 1, **more}
+
+    def words(self, **more: Any) -> list[str]:
+        return ["--config", *(f"{key}={value}" for key, value in self.config(**more).items())]
+
+
+@pytest.fixture(scope="module")
+def ran(server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
+    with new_database(server) as database, pytest.MonkeyPatch.context() as patch:
+        create_tables(database, None)
+        work = new_workspace(tmp_path_factory.mktemp("pca") / "work", database, encoder)
+        for listing in range(1, PHOTOGRAPHED + 1):
+            new_listing(work, listing, photos=1 + listing % 2)
+        runs = [work.run()]
+        patch.chdir(work.folder)
+        patch.setenv("PG_DSN", database.dsn)
+        model = f"model_name=local-dir:{encoder}"
+        command("pca", "fit", "--dimensions", str(DIM), "--output", "p.parquet", "--config", model)
+        runs += [work.run(config={"pca": "p.parquet"}) for _ in range(2)]
+        path = work.folder / "p.parquet"
+        yield Market(work, runs, path, projection.read(path).rev)
+
+
+@pytest.fixture
+def market(ran: Market, monkeypatch: pytest.MonkeyPatch) -> Market:
+    monkeypatch.chdir(ran.work.folder)
+    for name, value in ran.work.env.items():
+        monkeypatch.setenv(name, value)
+    return ran
+
+
+def test_both_keys_stand_side_by_side(market: Market) -> None:
+    """The old rows stay; the new ones are the projection of those, and no photo was encoded."""
+    plain, projected = market.vectors(""), market.vectors(market.rev)
+    mean, components, _ = by_svd(np.stack(list(plain.values())))
+    expected = unit((np.stack(list(plain.values())) - mean) @ components.T)
+    found = np.stack(list(projected.values()))
+    signs = np.sign(np.sum(expected * found, axis=0))
+    stats = json.loads((market.work.results / "encode" / "1-of-1.json").read_text())
+
+    assert [*range(1, PHOTOGRAPHED + 1)] == [*plain] == [*projected]
+    assert ((PHOTOGRAPHED, 512), (PHOTOGRAPHED, DIM)) == (
+        np.stack(list(plain.values())).shape, found.shape,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, expected * signs, atol=1e-4)
+    assert ["aggregate", "encode", "export", "load", "select"] == market.runs[1].rules
+    assert (stats["images"], 0) == (sum(stats["saved"].values()), stats["encoded"])
+
+
+def test_a_second_run_with_it_does_nothing(market: Market) -> None:
+    """Nor does one after the file was moved, with another mtime."""
+    moved = market.work.folder / "elsewhere" / "p.parquet"
+    moved.parent.mkdir(exist_ok=True)
+    moved.write_bytes(market.pca.read_bytes())
+    here, there = Workflow(market.config()), Workflow(market.config(pca=str(moved)))
+    names = (*Identity._fields, "projection")
+
+    assert [] == market.runs[2].rules
+    assert "Nothing to be done" in market.runs[2].output
+    assert here.flags(*names)(None) == there.flags(*names)(None)
+    assert here.export(*Identity._fields)(None) == there.export(*Identity._fields)(None)
+
+
+def test_pgvector_confirms_the_cosines(market: Market) -> None:
+    """Its own arithmetic on the rows, against numpy's on the plain vectors and the file."""
+    plain = np.stack(list(market.vectors("").values()))
+    projected = unit(projection.read(market.pca).apply(plain))
+    rows = market.work.database.execute(
+        f"SELECT a.listing_id, b.listing_id, 1 - (a.vec <=> b.vec), -(a.vec <#> b.vec)"
+        f" FROM {TABLE} a JOIN {TABLE} b USING (source, model_rev, pca_rev)"
+        " WHERE pca_rev = $1 AND a.listing_id < b.listing_id",
+        market.rev,
+    )
+    expected = [float(projected[a - 1] @ projected[b - 1]) for a, b, *_ in rows]
+
+    assert PHOTOGRAPHED * (PHOTOGRAPHED - 1) // 2 == len(rows)
+    assert expected == pytest.approx([cosine for *_, cosine, _ in rows], abs=1e-6)
+    assert expected == pytest.approx([inner for *_, inner in rows], abs=1e-6)
+
+
+def asked(market: Market, screen: pytest.CaptureFixture[str], *words: str) -> dict[int, float]:
+    """The cosine of each listing that a search finds."""
+    screen.readouterr()
+    command("search", *words, "--format", "json", "--top", "50", *market.words())
+    return {row["listing_id"]: row["cosine"] for row in json.loads(screen.readouterr().out)}
+
+
+def test_a_search_stays_within_its_key(market: Market, capsys: pytest.CaptureFixture[str]) -> None:
+    """A listing, a photo that is projected as the listings were, and the old key by its name."""
+    cosines = {}
+    for pca_rev in ("", market.rev):
+        vectors = market.vectors(pca_rev)
+        cosines[pca_rev] = {n: float(vectors[3] @ v) for n, v in vectors.items()}
+    others = {n: c for n, c in cosines[market.rev].items() if n != 3}
+    plain = {n: c for n, c in cosines[""].items() if n != 3}
+    photos = [str(market.work.photos / f"3/{n}.jpg") for n in range(2)]
+
+    assert others == pytest.approx(asked(market, capsys, "3"), abs=1e-5)
+    assert plain == pytest.approx(asked(market, capsys, "3", "--pca-rev", ""), abs=1e-5)
+    for words, expected in ((["--image", *photos], market.rev), (["--pca-rev", ""], "")):
+        words = words if "--image" in words else [*words, "--image", *photos]
+        assert cosines[expected] == pytest.approx(asked(market, capsys, *words), abs=1e-4)
+
+
+@pytest.mark.parametrize("halfvec", ["--halfvec", "--no-halfvec"])
+def test_each_key_has_an_index_of_its_own(
+    market: Market, capsys: pytest.CaptureFixture[str], halfvec: str
+) -> None:
+    """On a cast to its dimension, which a search orders by, so that Postgres takes the index."""
+    market.work.database.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET enable_sort = off', current_database());"
+        " END $$"
+    )
+    environment = Environment.read()
+    for pca_rev, dim in (("", 512), (market.rev, DIM)):
+        capsys.readouterr()
+        command("index", "--json", halfvec, "--pca-rev", pca_rev, *market.words())
+        report = json.loads(capsys.readouterr().out)
+        identity = Identity(report["source"], report["model_rev"], report["pca_rev"])
+        with connect(read_only=True) as connection, connection.cursor() as cursor:
+            there = Neighbourhood(cursor, environment, identity, None)
+            query = there.vector_of(1)
+
+            assert (pca_rev, dim) == (identity.pca_rev, len(query))
+            assert report["index"] in there.plan(query, 3)
+            assert [1] == [found.listing_id for found in there.nearest(query, 1)]
+
+
+def planned(config: dict[str, Any]) -> str:
+    """The line that ends the plan of a run."""
+    with pytest.raises(SystemExit) as end:
+        Workflow(config).table([])(None)
+    assert "\n" not in str(end.value)
+    return str(end.value)
+
+
+def test_another_fit_under_one_name_is_refused(market: Market, tmp_path: Path) -> None:
+    """Before anything runs, with the way out."""
+    plain = np.stack(list(market.vectors("").values()))
+    encoder = projection.read(market.pca).encoder
+    projection.write(tmp_path / "q.parquet", projection.fit([plain[1:]], DIM), encoder, {})
+    line = planned(market.config(pca=str(tmp_path / "q.parquet"), pca_rev=market.rev))
+
+    assert f"{market.rev!r}) in the table, found another projection" in line
+    assert "hint: leave pca_rev empty, so that it follows the file of pca, or" in line
+
+
+def test_a_projection_of_another_encoder_is_refused(
+    market: Market, tmp_path: Path, fitted: projection.Projection
+) -> None:
+    """By the plan, by check, by a search, and by aggregate itself, in the same words."""
+    config = market.config(pca=str(tmp_path / "pca.parquet"))
+    line = "expected the encoder on whose vectors the projection was fitted, found another weights"
+    photo = str(market.work.photos / "3/0.jpg")
+    found = [f.text for f in preflight.check_all(Settings(**config), Environment.read())]
+    with pytest.raises(PipelineError) as error:
+        run_aggregate(
+            tmp_path, drawn(4), replace(fitted, encoder={**fitted.encoder, "weights": "x"})
+        )
+
+    assert planned(config).startswith(f"error: {line} and another architecture and another")
+    assert 1 == sum(text.startswith(line) for text in found)
+    assert refused("search", "--image", photo, *market.words(pca=config["pca"])).startswith(line)
+    assert str(error.value).startswith(line)
+
+
+def test_a_file_that_is_missing_ends_the_plan_and_the_check(market: Market) -> None:
+    """In one line, before anything runs; what else is checked is said."""
+    config = market.config(pca="gone.parquet")
+    line = "expected a projection, made by python -m pipeline pca fit, found no such file or"
+    found = [*preflight.check_all(Settings(**config), Environment.read())]
+
+    assert planned(config).startswith(f"error: {line}")
+    assert [line] == [f.text[: len(line)] for f in found if f.level == "error"]
+    assert "target" in {f.text.partition(":")[0] for f in found}
+
+
+def test_check_names_the_projection(market: Market) -> None:
+    """With its dimension, which the table has to take."""
+    found = [f.text for f in preflight.check_all(Settings(**market.config()), Environment.read())]
+
+    assert f"projection: {market.rev}, to {DIM}-d" in found
+
+
+def test_a_projection_is_not_fitted_on_projected_vectors(
+    market: Market, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With `pca` set, the table's vectors as they were encoded are taken; a tag is refused."""
+    again = ("pca", "fit", "--dimensions", str(DIM), "--output", str(tmp_path / "p.parquet"))
+    command(*again, *market.words())
+
+    assert market.pca.read_bytes() == (tmp_path / "p.parquet").read_bytes()
+    assert refused(*again, *market.words(pca="", pca_rev="x")).startswith(
+        "expected a key of vectors as they were encoded, without a projection, found pca_rev 'x'"
+    )
+    assert refused(*again, *market.words(source="x")).startswith("expected vectors of x")
+
+
+def test_a_table_of_one_dimension_takes_no_other_until_its_type_is_changed(
+    database: Database, market: Market, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """create-table asks for the projection's dimension; its hint is the statement that mends it."""
+    monkeypatch.setenv("PG_DSN", database.dsn)
+    narrow = refused("create-table", *market.words())
+    line = refused("create-table", "--dimension", "any")
+    database.execute(line.partition("in a moment: ")[2].partition(" (drop")[0])
+    command("create-table", "--dimension", "any")
+    command("create-table", *market.words())
+    shape = "SELECT format_type(atttypid, atttypmod), attstorage::text FROM pg_attribute"
+
+    assert "expected column vec vector(4), the dimension of the vectors, found vector(5" in narrow
+    assert "is there, vec vector, of any dimension" in capsys.readouterr().out
+    assert [("vector", "p")] == database.execute(
+        f"{shape} WHERE attrelid = '{TABLE}'::regclass AND attname = 'vec'"
+    )
+    assert "expected --dimension from 1 to 16000, or any, found many" in refused(
+        "create-table", "--dimension", "many"
+    )

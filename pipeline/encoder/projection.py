@@ -6,7 +6,6 @@ its bytes, which hold no path and no time.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -97,6 +96,8 @@ def fit(batches: Iterable[npt.NDArray[np.floating]], dimensions: int) -> Fit:
                 raise SettingsError(f"--dimensions, {of} at most", str(dimensions), "command line")
             sums, products = np.zeros(of), np.zeros((of, of))
         block = batch.astype(np.float64)
+        if not np.isfinite(block).all():
+            raise DataError("finite vectors to fit on", "others among them")
         rows += len(block)
         sums += block.sum(axis=0)
         products += block.T @ block
@@ -107,8 +108,6 @@ def fit(batches: Iterable[npt.NDArray[np.floating]], dimensions: int) -> Fit:
         )  # fmt: skip
     mean = sums / rows
     covariance = (products - rows * np.outer(mean, mean)) / (rows - 1)
-    if not math.isfinite(covariance.sum()):
-        raise DataError("finite vectors to fit on", "others among them")
     variances, columns = np.linalg.eigh(covariance)
     components = columns.T[::-1][:dimensions]
     largest = np.abs(components).argmax(axis=1)
