@@ -178,7 +178,10 @@ def read(path: Path, expected: str = "") -> Projection:
 
 def _fit(data: bytes, total_variance: float, rows: int) -> Fit:
     """The numbers in the bytes of a file; raises whatever its damage raises."""
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    # No threads of Arrow's: one that lets go of Python's bytes as the process ends aborts it.
+    buffer = pa.BufferReader(data)
+    with pq.ParquetFile(buffer, pre_buffer=False, page_checksum_verification=True) as file:
+        table = file.read(use_threads=False)
     of = parquet.dimension(table.schema)
     numbers = table["vec"].combine_chunks().flatten().to_numpy().reshape(-1, of)
     if not table.schema.equals(_schema(of)) or len(numbers) < 2 or not np.isfinite(numbers).all():
