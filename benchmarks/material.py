@@ -181,7 +181,8 @@ def select_shard(path: Path, storage_paths: list[str], per_listing: int = 4) -> 
 def encode_shard(path: Path, images: int, per_listing: int = 2, dim: int = 512) -> Path:
     """An encode shard of random unit vectors, so many images a listing."""
     schema = parquet.encoded(dim)
-    with parquet.writer(path, schema, {"export": {"force": False}, "encoder": ENCODER}) as writer:
+    made_by = {"export": {"force": False}, "select": defaults().recipe, "encoder": ENCODER}
+    with parquet.writer(path, schema, made_by) as writer:
         for start in range(0, images, 4096):
             row = np.arange(start, min(images, start + 4096))
             listing = row // per_listing
