@@ -7,8 +7,8 @@
 #
 # params name the settings that decide what a rule writes: one that changes reruns it.
 # resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
-# follow_symlinks, max_image_bytes and max_image_pixels; weights is the hash of the model's, projection that of
-# the file of pca.
+# follow_symlinks, max_image_bytes and max_image_pixels; weights is the hash of the model's,
+# projection that of the file of pca.
 import sys
 
 from snakemake.utils import min_version
