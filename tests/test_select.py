@@ -1,7 +1,6 @@
 """Top-K selection and sharding: literal candidates in, exact rows out."""
 
 import argparse
-import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -286,12 +285,12 @@ def test_the_number_of_open_files_changes_nothing(
 def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
     """600 shards under the 256 descriptors of macOS: each listing in its shard, empty ones too."""
     write_export(tmp_path, [candidate(0, listing=n) for n in range(2000)], 2000)
-    words = ["--listings", "listings.parquet", "--images", "images.parquet", "--selected", "select"]
+    files = {"listings": "listings.parquet", "images": "images.parquet", "selected": "select"}
+    words = [word for name, file in files.items() for word in (f"--{name}", tmp_path / file)]
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", sys.executable, "-m", "pipeline.select",
          *words, "--shards", "600"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.PIPE, text=True,
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert 0 == done.returncode, done.stderr
     ids = pl.DataFrame({"id": range(2000)}).with_columns(shard=shard_of(pl.col("id"), 600))
