@@ -35,6 +35,7 @@ def main() -> None:
         lines = [
             *run("decode", *common, *real, "--images", str(args.images), "--others", "4"),
             *run("parity", *common, *real),
+            *run("precision", *common, *real),
             *run("end_to_end", *common, "--images", str(2 * args.images)),
             *run("cache_hits", *common, "--images", str(args.small)),
             *run("object_store", *common, "--images", str(args.images), "--rounds", "5"),
@@ -91,6 +92,24 @@ def _parity(line: Line) -> Iterator[str]:
             f"p50 {line[f'{what}_p50']:.5f}, p1 {line[f'{what}_p1']:.5f},"
             f" min {line[f'{what}_min']:.5f}",
         )
+
+
+def _precision(line: Line) -> Iterator[str]:
+    cosines = f"p50 {line['p50']:.5f}, p1 {line['p1']:.5f}, min {line['min']:.5f}"
+    yield _row(
+        f"{line['model']} in {line['precision']}, {line['images']} images, {line['photos']}",
+        f"{line['images_per_second']:.1f} images/s; cosine {cosines}",
+        "fp32",
+        f"{line['ratio']:.2f}",
+    )
+
+
+def _precision_recall(line: Line) -> Iterator[str]:
+    yield _row(
+        f"recall@1 of {line['listings']} listings, {line['photos']}, in {line['precision']}",
+        f"{line['recall_at_1']:.3f}; {line['difference']:+.4f} ({line['low']:+.4f} to"
+        f" {line['high']:+.4f}) to fp32",
+    )
 
 
 def _end_to_end(line: Line) -> Iterator[str]:
@@ -152,6 +171,8 @@ def _export(line: Line) -> Iterator[str]:
 ROWS: dict[str, Callable[[Line], Iterator[str]]] = {
     "decode": _decode,
     "parity": _parity,
+    "precision": _precision,
+    "precision recall": _precision_recall,
     "end to end": _end_to_end,
     "cache hits": _cache_hits,
     "object store": _object_store,

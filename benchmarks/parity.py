@@ -66,8 +66,8 @@ def compare(paths: list[Path], model_name: str, name: str, threads: int) -> None
             "parity", photos=name, decode=decode, images=len(kept), listings=len(means),
             pixel_difference_p50=float(pixels.float().median()),
             pixel_difference_max=int(pixels.max()),
-            **{f"image_{k}": v for k, v in _quantiles(images).items()},
-            **{f"listing_{k}": v for k, v in _quantiles(means).items()},
+            **{f"image_{k}": v for k, v in quantiles(images).items()},
+            **{f"listing_{k}": v for k, v in quantiles(means).items()},
         )  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def _means(vectors: np.ndarray, listings: np.ndarray) -> np.ndarray:
     return unit
 
 
-def _quantiles(cosines: np.ndarray) -> dict[str, float]:
-    """Seven digits: four would make 1 of everything."""
+def quantiles(cosines: np.ndarray) -> dict[str, float]:
+    """Median, first percentile and least. Seven digits: four would make 1 of everything."""
     return {
         "p50": round(float(np.median(cosines)), 7),
         "p1": round(float(np.percentile(cosines, 1)), 7),
