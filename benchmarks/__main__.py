@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import material, measure
-from pipeline.benchmark import cpu_name
+from pipeline.encoder.processor import cpu_name
 
 Line = dict[str, Any]
 

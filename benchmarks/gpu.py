@@ -38,11 +38,11 @@ from PIL import Image, ImageOps
 from torchvision.io import decode_jpeg
 
 from benchmarks import measure
-from pipeline.benchmark import cpu_name
 from pipeline.cache.vectors import NoCache
 from pipeline.encode import GPU_DECODED, EncodeJob, Line, Photo, encode
 from pipeline.encoder.claim import wait_asleep
 from pipeline.encoder.model import find_model, full_preprocess
+from pipeline.encoder.processor import cpu_name
 from pipeline.encoder.tower import Encoder, device_errors, load_encoder
 from pipeline.photos import gpu
 from pipeline.photos.pixels import Decode, Transform, load_pixels

@@ -25,11 +25,11 @@ import psutil
 import pyarrow as pa
 
 from benchmarks import export, material, measure
-from pipeline.benchmark import cpu_name
 from pipeline.cache.vectors import VectorCache
 from pipeline.database.connection import connect, fetch
 from pipeline.database.pending import prepare
 from pipeline.encoder.model import Fingerprint
+from pipeline.encoder.processor import cpu_name
 from pipeline.stage import parquet
 from pipeline.stage.settings import MOST_SHARDS, Settings
 from pipeline.workflow.plan import PHOTOS_A_SHARD

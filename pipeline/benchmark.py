@@ -5,30 +5,38 @@ table. Guarantees: never touches the vector cache or the database.
 
 What to expect: together takes as long as the slowest stage where the stages have hardware of their
 own (CUDA), and as long as decoding plus encoding where they share the cores (CPU). Where another
-way to decode would bring more than a tenth, that is measured, and said.
+way to decode, or another precision, would bring more than a tenth, that is measured, and said; of
+each precision that is fast here also what it costs: the cosines of its vectors to those of fp32.
 """
 
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from pipeline.cache.vectors import NoCache
-from pipeline.encode import SETTINGS, EncodeJob, Line, Photo, add_encoder_flags
+from pipeline.encode import GPU_BATCHES, SETTINGS, EncodeJob, Line, Photo, add_encoder_flags
+from pipeline.encoder.model import fast_precisions
+from pipeline.encoder.processor import NO_BF16, cpu_name, has_bf16
 from pipeline.photos.files import PhotoError
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
-from pipeline.stage.errors import DataError
+from pipeline.stage.errors import DataError, DeviceError
 from pipeline.stage.settings import Environment, Settings
+
+if TYPE_CHECKING:
+    import torch
 
 WORTH = 1.1  # what a setting must bring to be advised
 CHUNK = 256  # images held in memory while the stages are timed apart; more on many cores
+SAMPLE_S = 2.0  # that the configured precision takes for the photos on which others are compared
 
 
 def main() -> None:
@@ -56,7 +64,8 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
         )  # fmt: skip
     with Line(job, NoCache(job.dim)) as line:
         apart = time_apart(paths, job, line)
-        advised = advice(paths, job, apart)
+        compared = precisions(paths, job, line, apart)
+        advised = advice(paths, job, apart, compared)
         start = time.perf_counter()
         done = list(line.done(Photo(path) for path in paths))
         together = time.perf_counter() - start
@@ -71,6 +80,7 @@ def benchmark(selected: Path, chosen: Settings, job: EncodeJob) -> dict[str, Any
         **{f"{stage}_s": round(seconds, 3) for stage, seconds in apart.items()},
         "binding_stage": max(apart, key=lambda stage: apart[stage]),
         "bound_images_per_second": round(len(done) / _bound(apart, job), 2),
+        "precisions": compared,
         "advice": advised,
         "hardware": hardware(job),
         "settings": chosen.model_dump(include={*SETTINGS, "benchmark_images"})
@@ -87,10 +97,16 @@ def _bound(apart: dict[str, float], job: EncodeJob) -> float:
     return max(read, sum(apart.values()) - read)
 
 
-def advice(paths: list[str | None], job: EncodeJob, apart: dict[str, float]) -> dict[str, float]:
+def advice(
+    paths: list[str | None],
+    job: EncodeJob,
+    apart: dict[str, float],
+    compared: dict[str, dict[str, float]],
+) -> dict[str, float]:
     """Settings that would move the bound, with the images/s that it then is, best first.
 
-    Other ways to decode are timed on the first photos; what more threads bring is worked out.
+    Other ways to decode are timed on the first photos; what more threads bring is worked out; the
+    precisions are compared already.
     """
     chosen, some = job.chosen, paths[:CHUNK]
     decode_s: dict[str, float] = {}
@@ -107,11 +123,93 @@ def advice(paths: list[str | None], job: EncodeJob, apart: dict[str, float]) -> 
         decode_s["num_workers: auto"] = apart["decode"] * job.workers / job.threads
     now = _bound(apart, job)
     bounds = {name: _bound({**apart, "decode": took}, job) for name, took in decode_s.items()}
+    for precision, figures in compared.items():
+        bounds[f"precision: {precision}"] = len(paths) / figures["bound_images_per_second"]
     return {
         name: round(len(paths) / bound, 2)
         for name, bound in sorted(bounds.items(), key=lambda item: item[1])
         if bound * WORTH < now
     }
+
+
+def precisions(
+    paths: list[str | None], job: EncodeJob, line: Line, apart: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Of the configured precision and the others that are fast here: images/s of encoding, the
+    bound with it, and the cosines to fp32 of the vectors of some photos.
+
+    Empty where there is no other, or no photo to compare. One that fails on the device is left
+    out, with a warning.
+    """
+    others = [name for name in fast_precisions(job.device) if name != job.precision]
+    pixels = _sample(paths, job, line, len(paths) / apart["encode"]) if others else []
+    seconds = {job.precision: apart["encode"]}
+    vectors: dict[str, np.ndarray] = {}
+    for name in others if pixels else []:
+        try:
+            mine, theirs = _side_by_side(job, dataclasses.replace(job, precision=name), pixels)
+        except DeviceError as error:
+            log.warning("precision %s is not compared: %s", name, error)
+            continue
+        seconds[name] = apart["encode"] * theirs.seconds / mine.seconds
+        vectors |= {job.precision: mine.vectors, name: theirs.vectors}
+    if "fp32" not in vectors:
+        return {}
+    sound = np.isfinite(np.sum([*vectors.values()], axis=(0, 2)))
+    cosines = {name: (each * vectors["fp32"]).sum(1)[sound] for name, each in vectors.items()}
+    return {
+        name: {
+            "encode_images_per_second": round(len(paths) / seconds[name], 2),
+            "bound_images_per_second": round(
+                len(paths) / _bound({**apart, "encode": seconds[name]}, job), 2
+            ),
+            "images_compared": len(each),
+            "cosine_p50": round(float(np.median(each)), 6),
+            "cosine_p1": round(float(np.percentile(each, 1)), 6),
+            "cosine_min": round(float(each.min()), 6),
+        }
+        for name, each in cosines.items()
+        if len(each)
+    }
+
+
+def _sample(
+    paths: list[str | None], job: EncodeJob, line: Line, images_per_second: float
+) -> "list[torch.Tensor]":
+    """The pixels of the first photos: full batches for all threads, of SAMPLE_S or CHUNK."""
+    together = job.encoder.batch_rows * (job.workers if job.device == "cpu" else GPU_BATCHES)
+    rounds = int(min(CHUNK, SAMPLE_S * images_per_second) / together)
+    readers = job.photos.readers or job.workers
+    with ThreadPoolExecutor(job.workers) as cores, ThreadPoolExecutor(readers) as reading:
+        read = _or_none(lambda path: job.photos.read(path)[0])
+        files = reading.map(read, paths[: together * max(1, rounds)])
+        readable = [data for data in files if data is not None]
+        handfuls = cores.map(line.decoder.many, _chunks(readable, line.together))
+        return [each for many in handfuls for each in many if not isinstance(each, PhotoError)]
+
+
+class Encoded(NamedTuple):
+    """What a precision made of the sample."""
+
+    seconds: float
+    vectors: np.ndarray
+
+
+def _side_by_side(one: EncodeJob, other: EncodeJob, pixels: "list[torch.Tensor]") -> list[Encoded]:
+    """The sample as both encode it, a few batches by turns, so that both meet the same machine."""
+    from pipeline.encoder.tower import device_errors
+
+    encoders = one.encoder, other.encoder  # loads the other, outside of the clock
+    rows = encoders[0].batch_rows
+    seconds = [0.0, 0.0]
+    vectors: list[list[np.ndarray]] = [[], []]
+    with ThreadPoolExecutor(one.workers) as pool, device_errors(f"batch_size {rows}"):
+        for turn in _chunks(list(_chunks(pixels, rows)), one.workers):
+            for which, encoder in enumerate(encoders):
+                start = time.perf_counter()
+                vectors[which] += pool.map(encoder.encode, turn)
+                seconds[which] += time.perf_counter() - start
+    return [Encoded(s, np.concatenate(v)) for s, v in zip(seconds, vectors, strict=True)]
 
 
 def time_apart(
@@ -173,20 +271,11 @@ def hardware(job: EncodeJob) -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": job.threads,
+        "bf16": has_bf16(),
         "gpu": gpu,
         "torch": version("torch"),
         "open_clip": version("open_clip_torch"),
     }
-
-
-def cpu_name() -> str:
-    """The processor as its maker calls it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
@@ -201,6 +290,14 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     for setting, rate in report["advice"].items():
         bound = report["bound_images_per_second"]
         yield f"{setting} would raise the bound from {bound:.1f} to {rate:.1f} images/s"
+    for precision, found in report["precisions"].items():
+        yield (
+            f"{precision}: {found['encode_images_per_second']:.1f} images/s to encode; cosine to"
+            f" fp32 of {found['images_compared']} photos: median {found['cosine_p50']:.5f},"
+            f" p1 {found['cosine_p1']:.5f}, lowest {found['cosine_min']:.5f}"
+        )
+    if report["hardware"]["gpu"] is None and not report["hardware"]["bf16"]:
+        yield NO_BF16
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from conftest import (
 from pipeline.database import connection as connections
 from pipeline.database import rights
 from pipeline.database.inputs import check_inputs
+from pipeline.encoder.processor import NO_BF16
 from pipeline.encoder.weights import check_whole
 from pipeline.photos.files import PhotoFolder
 from pipeline.stage.errors import DatabaseError, ModelError, StorageError, storage_errors
@@ -83,8 +84,11 @@ def test_a_check_loads_no_torch(market: Workspace) -> None:
     assert "loaded:" == run.output.splitlines()[-1].strip()
 
 
-def test_a_sound_marketplace_is_told_line_by_line(market: Workspace) -> None:
+def test_a_sound_marketplace_is_told_line_by_line(
+    market: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every line is ok, and says what was found; nothing is written to the target."""
+    monkeypatch.setattr(preflight, "has_bf16", lambda: False)
     assert [
         "ok settings: cpu, fp32",
         "ok database: PG_DSN answers",
@@ -97,6 +101,21 @@ def test_a_sound_marketplace_is_told_line_by_line(market: Workspace) -> None:
     ] == found(market, device="cpu")[:-1]
     assert found(market)[-1].endswith(", 512-d, weights present")
     assert [] == market.database.vectors()
+
+
+def test_the_precision_that_would_pay_is_told(
+    market: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 where the processor has it, fp32 where it has not; nothing where that is chosen."""
+
+    def told(has_bf16: bool, precision: str) -> list[str]:
+        monkeypatch.setattr(preflight, "has_bf16", lambda: has_bf16)
+        lines = found(market, device="cpu", precision=precision)
+        return [line for line in lines if " precision: " in line]
+
+    assert [f"ok precision: {preflight.FAST_BF16}"] == told(True, "auto")
+    assert [f"warn precision: {NO_BF16}"] == told(False, "bf16")
+    assert [] == told(True, "bf16") == told(False, "fp32")
 
 
 # A type that the job reads otherwise than it is meant: (change, the line).

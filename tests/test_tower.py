@@ -21,8 +21,8 @@ from huggingface_hub import constants as hub_constants
 from safetensors.torch import save_file
 
 from pipeline.encoder import model as model_module
+from pipeline.encoder import processor, weights
 from pipeline.encoder import tower as encoder_module
-from pipeline.encoder import weights
 from pipeline.encoder.model import (
     Fingerprint,
     find_model,
@@ -303,10 +303,13 @@ def test_cuda_is_seen_as_torch_sees_it() -> None:
 # Encoding
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["vit", "conv"])
-def test_a_vector_does_not_depend_on_its_batch(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_vector_does_not_depend_on_its_batch(
+    kind: str, precision: str, request: pytest.FixtureRequest
+) -> None:
     """Alone, among others, in any place, and whatever fills the batch up: the same bits."""
-    encoder = load(request.getfixturevalue(kind))
+    encoder = load(request.getfixturevalue(kind), precision)
     batch = photos(encoder, 11)
     vectors = encoder.encode(batch)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
@@ -354,13 +357,53 @@ def test_a_gpu_points_the_same_way(
             assert least < np.einsum("ij,ij->i", vectors, exact.encode(batch)).min()
 
 
-def test_bf16_is_close(vit: str) -> None:
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_bf16_is_close(kind: str, request: pytest.FixtureRequest) -> None:
     """bf16 on the CPU points the same way, within its eight bits."""
-    exact, rounded = load(vit), load(vit, "bf16")
+    name = request.getfixturevalue(kind)
+    exact, rounded = load(name), load(name, "bf16")
     batch = photos(exact, 4)
 
     cosines = (exact.encode(batch) * rounded.encode(batch)).sum(1)
-    assert cosines.min() > 0.999
+    assert 0.999 < cosines.min() < 1
+
+
+def test_bf16_without_instructions_works_and_says_so_once(
+    vit: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A precision that was asked for is used; one line says that it is the slower one."""
+    monkeypatch.setattr(encoder_module, "has_bf16", lambda: False)
+    exact, rounded = load(vit), load(vit, "bf16")
+    batch = photos(exact, 4)
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    assert [processor.NO_BF16] == warned
+    assert 0.999 < (exact.encode(batch) * rounded.encode(batch)).sum(1).min()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16\n" * 2, True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("Features\t: fp asimd sve i8mm bf16\n", True),
+        ("Features\t: fp asimd bf16\n\nFeatures\t: fp asimd\n", False),
+        ("Features\t: fp asimd\n", False),
+        ("bugs\t\t: avx512_bf16\n", False),
+        (None, False),
+    ],
+)
+def test_the_kernel_says_what_the_processor_can(
+    cpuinfo: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 counts where every core has it, of x86 or ARM; where there is no list, none has."""
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+
+    assert expected == processor.has_bf16.__wrapped__()
+    assert processor.cpu_name()
 
 
 @pytest.mark.parametrize(

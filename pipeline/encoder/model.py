@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.encoder.processor import has_bf16
 from pipeline.stage.errors import ModelError, SettingsError
 from pipeline.stage.settings import Identity, Settings
 
@@ -215,6 +216,13 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision == "fp16" and on_cpu:
         raise SettingsError("a CUDA device for precision fp16", "cpu", "", "fp32 or bf16")
     return precision
+
+
+def fast_precisions(device: str) -> tuple[str, ...]:
+    """Those that a resolved device has instructions for, the exact one first."""
+    if device != "cpu":
+        return ("fp32", "fp16", "bf16")
+    return ("fp32", "bf16") if has_bf16() else ("fp32",)
 
 
 def check_decode(decode: str, device: str) -> None:
