@@ -106,7 +106,8 @@ def _precision(line: Line) -> Iterator[str]:
 
 def _precision_recall(line: Line) -> Iterator[str]:
     yield _row(
-        f"recall@1 of {line['listings']} listings, {line['photos']}, in {line['precision']}",
+        f"recall@1 of {line['listings']} listings, {line['photos']}: {line['precision']} asks"
+        f" {line['gallery']}",
         f"{line['recall_at_1']:.3f}; {line['difference']:+.4f} ({line['low']:+.4f} to"
         f" {line['high']:+.4f}) to fp32",
     )
