@@ -3,7 +3,7 @@
 # results/<rule>/...     what the rule writes; <shard> is N-of-M, all images of a listing in one
 # logs/<rule>/...        what it said
 #
-# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark · report · index
+# Targets: all (default) · selected (stage one) · vectors (the dry run) · benchmark · evaluate · report · index
 #
 # params name the settings that decide what a rule writes: one that changes reruns it.
 # resources name those that do not. KEY is source, model_rev and pca_rev; PHOTO_LIMITS are
@@ -348,4 +348,37 @@ rule benchmark:
         " {params.settings}"
         " --batch-size {resources.batch_size} --num-workers {resources.num_workers}"
         " --device {resources.device} --threads {threads}"
+        " --log {log:q}"
+
+
+rule evaluate:
+    """Halves that find each other."""
+    input:
+        encoded=gather.encode("results/encode/{scatteritem}.parquet"),
+        images="results/export/images.parquet",
+    output:
+        report="results/evaluate/evaluate.json",
+        page=report(
+            "results/evaluate/index.html",
+            caption="pipeline/pages/evaluate.rst",
+            category="Listing vectors",
+        ),
+    log:
+        "logs/evaluate.log",
+    conda:
+        "environment.yml"
+    threads: each.threads
+    resources:
+        shards=shards,
+        mem_mb=memory_request(settings.memory_mb),
+        memory_mb=settings.memory_mb,
+    params:
+        settings=flow.flags("apply_exif_orientation", *PHOTO_LIMITS),
+        code=code("evaluate"),
+    shell:
+        "python -m pipeline.evaluate"
+        " --encoded results/encode --shards {resources.shards} --images {input.images:q}"
+        " --report {output.report:q} --page {output.page:q}"
+        " {params.settings}"
+        " --memory-mb {resources.memory_mb} --threads {threads}"
         " --log {log:q}"

@@ -163,7 +163,7 @@ def select_shard(path: Path, storage_paths: list[str], per_listing: int = 4) -> 
         {
             "generation": np.ones(rows, np.int32),
             "listing_id": listing,
-            "edited_date": _days(listing),
+            "edited_date": days(listing),
             "image_index": rank.astype(np.int32),
             "storage_path": storage_paths,
             "score": np.zeros(rows, np.int32),
@@ -189,7 +189,7 @@ def encode_shard(path: Path, images: int, per_listing: int = 2, dim: int = 512) 
             columns = {
                 "generation": np.ones(len(row), np.int32),
                 "listing_id": listing,
-                "edited_date": _days(listing),
+                "edited_date": days(listing),
                 "image_index": (row % per_listing).astype(np.int32),
                 "storage_path": [f"{i}.jpg" for i in row],
                 "score": np.zeros(len(row), np.int32),
@@ -231,7 +231,7 @@ def listing_vectors(
             columns = {
                 "generation": np.ones(len(listing), np.int32),
                 "listing_id": listing,
-                "edited_date": _days(listing),
+                "edited_date": days(listing),
                 **{name: [value] * len(listing) for name, value in IDENTITY.items()},
                 "vec": vec,
                 "n_images": np.full(len(listing), 4, np.int32),
@@ -246,7 +246,7 @@ def unit_vectors(rows: int, dim: int, seed: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim)
 
 
-def _days(listing: np.ndarray) -> pa.Array:
+def days(listing: np.ndarray) -> pa.Array:
     """Dates that fall as the listing's number grows, as all files of the pipeline have them."""
     newest = int((DAY + timedelta(days=365)).timestamp() * 1e6)
     return pa.array(newest - listing.astype(np.int64) * 1_000_000, pa.timestamp("us", tz="UTC"))

@@ -16,6 +16,7 @@ from pipeline.database import target
 from pipeline.database.connection import quoted
 from pipeline.encoder.model import model_of
 from pipeline.photos.files import check_image_root
+from pipeline.retrieval import compare
 from pipeline.stage import command, settings
 from pipeline.stage.errors import SettingsError
 from pipeline.stage.settings import Environment, Settings
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "search", _and_config(search.add_flags), search.main)
     _add(commands, "index", _and_config(index.add_flags), index.by_hand)
     _add(commands, "pca", _and_config(pca.add_flags), pca.main)
+    _add(commands, "evaluate", compare.add_flags, compare.main)
     _add(commands, "create-table", _add_create, create_table)
     _add(commands, "role-sql", _add_role, print_role_sql)
     _add(commands, "retire", retire.add_flags, retire.main)
@@ -55,6 +57,7 @@ _HELP = {
     "search": "find the listings nearest to a listing, to photos or to words",
     "index": "build an HNSW index on the vectors of a key, and measure what it brings",
     "pca": "fit a projection of the listing vectors onto fewer dimensions, for the setting pca",
+    "evaluate": "compare what `snakemake evaluate` found, of several models or settings",
     "create-table": "create the pgvector table (--all: the three input tables too, for a trial)",
     "role-sql": "print the SQL of a role that can run the job and nothing else",
     "retire": "delete vectors of gone listings, of earlier edits or of a key, as their owner",

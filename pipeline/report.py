@@ -8,14 +8,11 @@ escaped; of photos only pixels are kept.
 
 import heapq
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +33,11 @@ from pipeline.database.pending import prepare
 from pipeline.database.sample import Current, Embedded
 from pipeline.pages import plots
 from pipeline.pages.template import page
-from pipeline.photos.ahead import Ahead
-from pipeline.photos.files import PhotoError
-from pipeline.photos.root import photos_at
+from pipeline.photos.album import Album
+from pipeline.retrieval.photos import NEAR as TWINS
 from pipeline.select import select_images, why_not
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
-from pipeline.stage.errors import StorageError
 from pipeline.stage.settings import Environment, Identity, Settings
 
 SAMPLE = 1500  # listings whose neighbours are looked for, among all
@@ -52,8 +47,6 @@ SEEDS = 12  # of each kind
 NEAREST = 8
 PHOTOS = 10  # of a listing
 SIDE, DOT_SIDE = 112, 48  # pixels of a thumbnail
-MOST_BYTES = 14_000_000  # of thumbnails
-TWINS = 0.98  # a cosine of nearly the same
 ROWS = 20  # of a list
 
 RESULTS, LOGS = Path("results"), Path("logs")
@@ -203,7 +196,7 @@ class Sample:
             f" neighbours among {compared} others."
         )
 
-    def listing(self, one: Embedded, album: "Album") -> dict[str, Any]:
+    def listing(self, one: Embedded, album: Album) -> dict[str, Any]:
         """A listing of the explorer: its photos, chosen ones first, and its nearest."""
         of = pl.col("listing_id") == one.listing_id
         candidates, selected = self.candidates.filter(of), self.selected.filter(of)
@@ -242,7 +235,7 @@ class Sample:
         first = self.selected.filter(pl.col("rank") == 1).select("listing_id", "storage_path")
         return dict(first.rows())
 
-    def map(self, album: "Album") -> list[tuple[int, float, float, str]]:
+    def map(self, album: Album) -> list[tuple[int, float, float, str]]:
         """(listing, x, y, thumbnail) of the sample, x and y from 0 to 1."""
         if len(self.vectors) < 3:
             return []
@@ -343,42 +336,6 @@ def _page_of(seeds: dict[str, list[int]], nearest: dict[int, list[tuple[int, flo
             if other not in on_page:
                 on_page.append(other)
     return on_page
-
-
-class Album:
-    """Thumbnails, each made once, until there are MOST_BYTES of them."""
-
-    def __init__(self, chosen: Settings, environment: Environment) -> None:
-        self._root = photos_at(environment.image_root, chosen, patient=False)
-        self._chosen = chosen
-        self._bytes = 0
-        self._made: dict[tuple[str, int], tuple[str, str]] = {}
-
-    def make(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Make these, on all cores."""
-        keys, ahead = list(dict.fromkeys(wanted)), Ahead(self._root)
-        for path, _ in keys:
-            ahead.expect(path)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for key, made in zip(keys, pool.map(partial(self._make, ahead), keys), strict=True):
-                self._made[key] = made
-                self._bytes += len(made[0])
-        ahead.close(wait=False)
-
-    def thumbnail(self, path: str, side: int) -> tuple[str, str]:
-        """A data URI, or nothing, and why."""
-        return self._made.get((path, side), ("", "no room on this page"))
-
-    def _make(self, ahead: Ahead, key: tuple[str, int]) -> tuple[str, str]:
-        from pipeline.photos.thumbnail import thumbnail
-
-        path, side = key
-        if self._bytes > MOST_BYTES:
-            return "", "no room on this page"
-        try:
-            return thumbnail(ahead.read(path)[0], side, self._chosen), ""
-        except (PhotoError, StorageError) as error:
-            return "", str(error)
 
 
 # --- the last run, from what it left

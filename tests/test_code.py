@@ -14,7 +14,7 @@ from pipeline.workflow import code as code_module
 from pipeline.workflow.code import UNDECIDING, code, deciding
 
 PIPELINE = REPOSITORY / "pipeline"
-STAGES = ("export", "select", "encode", "aggregate", "load", "benchmark")
+STAGES = ("export", "select", "encode", "aggregate", "load", "benchmark", "evaluate")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -93,7 +93,7 @@ def test_two_checkouts_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert here == there
     assert {
         "stage/parquet.py": list(STAGES),
-        "photos/files.py": ["export", "encode", "aggregate", "load", "benchmark"],
+        "photos/files.py": ["export", "encode", "aggregate", "load", "benchmark", "evaluate"],
         "database/registry.sql": ["load"],
         "cache/vectors.py": [],
     } == changed

@@ -467,7 +467,7 @@ def named_at(rule: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "stage", ["export", "select", "encode", "aggregate", "load", "benchmark", "index"]
+    "stage", ["export", "select", "encode", "aggregate", "load", "benchmark", "evaluate", "index"]
 )
 def test_a_rule_names_the_settings_of_its_command(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,6 +45,18 @@ def line(points: Sequence[tuple[float, float]], across: str, up: str) -> Markup:
     return _svg(figure)
 
 
+def intervals(points: Sequence[tuple[str, Mapping[str, float]]], across: str, up: str) -> Markup:
+    """A figure for each name: its `value`, and a bar from `low` to `high`."""
+    figure, axes = _figure(across, up)
+    values = [each["value"] for _, each in points]
+    below = [each["value"] - each["low"] for _, each in points]
+    above = [each["high"] - each["value"] for _, each in points]
+    names = [name for name, _ in points]
+    axes.errorbar(names, values, (below, above), color=FIRST, marker="o", markersize=4, capsize=3)
+    axes.set_ylim(0, 1.02)
+    return _svg(figure)
+
+
 def _figure(across: str, up: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 2.6), layout="constrained")
     axes = figure.add_subplot()

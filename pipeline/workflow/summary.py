@@ -104,6 +104,8 @@ def stages(since_ns: int) -> dict[str, str]:
     said = {stage: _TOLD[stage](since_ns) if stage in ran else NOTHING for stage in CHAIN[:last]}
     if _ran("benchmark", since_ns):
         said["benchmark"] = _benchmark(since_ns)
+    if _ran("evaluate", since_ns):
+        said["evaluate"] = _evaluate(since_ns)
     if _ran("report", since_ns):
         said["report"] = _report(since_ns)
     return {stage: text or "not finished" for stage, text in said.items()}
@@ -165,6 +167,18 @@ def _benchmark(since_ns: int) -> str:
     found = json.loads(report[0].read_text())
     rate = f"{found['images_per_second']:.1f} images/s"
     return f"{rate}, bound by {found['binding_stage']} -> {report[0]}"
+
+
+def _evaluate(since_ns: int) -> str:
+    report = _since([RESULTS / "evaluate" / "evaluate.json"], since_ns)
+    if not report:
+        return ""
+    found = json.loads(report[0].read_text())
+    figure, page = found["recall_at_1"], report[0].with_name("index.html")
+    return (
+        f"recall@1 {figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f}),"
+        f" {found['queries']} queries, {found['gallery']} listings -> {page}"
+    )
 
 
 def _report(since_ns: int) -> str:
