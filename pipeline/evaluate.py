@@ -68,8 +68,8 @@ def report(
         "made_by": made_by,
         "images_per_second": _rate(shards, made_by["key"]["model_rev"]),
         "bytes_per_vector": sizes,
-        "recommendation": recommendation(found),
     }
+    found["recommendation"] = recommendation(found)
     return found, misses
 
 
@@ -124,7 +124,7 @@ def page_of(found: dict[str, Any], misses: Misses, album: Album) -> str:
     return page(
         "evaluate.html",
         found=found,
-        key=" · ".join(filter(None, found["made_by"]["key"].values())),
+        key=str(Identity(**found["made_by"]["key"])),
         figures=[(name.replace("_at_", "@").replace("mrr", "mean reciprocal rank"), found[name])
                  for name in ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")],
         said=said,

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.retrieval import bootstrap
 from pipeline.retrieval.bootstrap import said, said_difference
 from pipeline.stage.errors import DataError, SettingsError
+from pipeline.stage.settings import Identity
 
 COLUMNS = ("", "recall@1", "recall@10", "mrr", "gallery", "images/s", "bytes a vector", "")
 
@@ -60,7 +61,8 @@ def read(path: Path) -> Document:
         found = json.loads(path.read_text(encoding="utf-8"))
         figures = [found[name]["value"] for name in bootstrap.FIGURES]
         ranks = [(each["listing_id"], each["halves"], each["rank"]) for each in found["ranks"]]
-        known = figures and ranks and found["made_by"] and {"seed", "gallery"} <= found.keys()
+        Identity(**found["made_by"]["key"])
+        known = figures and ranks and {"seed", "gallery"} <= found.keys()
     except OSError as error:
         raise DataError("an evaluate.json", str(error.strerror).lower(), str(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -82,7 +84,7 @@ def _row(path: Path, found: Document) -> tuple[str, ...]:
         f"{found['gallery']:,}",
         f"{rate:.1f}" if rate else "not known",
         f"{found['bytes_per_vector']['vector']:,}",
-        " · ".join(filter(None, map(str, found["made_by"]["key"].values()))),
+        str(Identity(**found["made_by"]["key"])),
     )
 
 

@@ -32,7 +32,7 @@ from pipeline.retrieval.halves import ALL, B, Halves, Split, hashed
 from pipeline.retrieval.photos import NEAR, Array, Photos, Vectors
 from pipeline.stage.errors import DataError
 
-MOST_QUERIES = 10_000
+MOST_QUERIES = 5_000
 LADDER = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48)  # photos of a side
 DIMENSIONS = (256, 128, 64)
 WORST = 12  # misses that are shown
@@ -158,7 +158,9 @@ def _choices(queries: Queries, found: Found) -> Iterator[Choice]:
         name = f"{dimensions} dimensions"
         yield Projected(name, "dimensions", 4 * dimensions + 8, queries, of, folds)
     yield Means("halfvec", "storage", 2 * found.dim + 8, queries, _halves)
-    yield Bits(f"bits, the best {SHORTLIST} re-ranked", "storage", -(-found.dim // 8) + 8, queries)
+    yield Bits(
+        f"bits, the best {SHORTLIST} re-ranked", "bits", size + -(-found.dim // 8) + 8, queries
+    )
 
 
 def _mean_of(number: int, photos: Photos) -> Vectors:

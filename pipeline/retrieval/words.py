@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.retrieval.bootstrap import said, said_difference
+from pipeline.retrieval.bootstrap import said
 
 Document = dict[str, Any]
 
@@ -29,6 +29,7 @@ def recommendation(found: Document) -> list[str]:
         *_stock(groups.get("stock", []), shown),
         *_smaller(groups.get("dimensions", []), found["choices"][0]["bytes"], shown),
         *_smaller(groups.get("storage", []), found["choices"][0]["bytes"], shown),
+        *_bits(groups.get("bits", []), found["bytes_per_vector"]["bits"], shown),
     ]
 
 
@@ -67,8 +68,8 @@ def _means(others: list[Document], size: int, shown: str) -> Iterator[str]:
     for each in others:
         if gains(each):
             yield (
-                f"The {each['name']} finds more than the mean ({_by(each)}), for"
-                f" {each['bytes'] / size:.1f} times the bytes."
+                f"The {each['name']} finds more than the mean ({_by(each)}); it takes a vector a"
+                f" photo, here {each['bytes'] / size:.1f} times the bytes, and a search for each."
             )
         elif loses(each):
             yield f"The mean finds more than the {each['name']} ({_by(each)})."
@@ -92,17 +93,25 @@ def _smaller(choices: list[Document], size: int, shown: str) -> Iterator[str]:
     if free:
         best = min(free, key=lambda each: float(each["bytes"]))
         yield (
-            f"{_capital(best['name'])}: lose nothing {shown} ({_by(best)}), for {best['bytes']:,}"
-            f" bytes a listing in place of {size:,}."
+            f"Enough: {best['name']}, {best['bytes']:,} bytes a listing in place of {size:,};"
+            f" nothing is lost {shown} ({_by(best)})."
         )
     elif choices:
         best = max(choices, key=lambda each: float(each["recall_at_1"]["value"]))
-        yield f"{_capital(best['name'])}: lose {_by(best)}, the least of their kind."
+        yield f"Smaller vectors lose, {best['name']} the least ({_by(best)})."
+
+
+def _bits(choices: list[Document], size: int, shown: str) -> Iterator[str]:
+    for each in choices:
+        lose = "loses" if loses(each) else f"loses nothing {shown}:"
+        yield (
+            f"An index of bits, {size:,} bytes a listing beside the vectors, whose best 100 are"
+            f" ranked by cosine, {lose} {_by(each)}."
+        )
 
 
 def _by(choice: Document) -> str:
-    return f"recall@1 {said_difference(choice['difference']['recall_at_1'])}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    figure = choice["difference"]["recall_at_1"]
+    return (
+        f"recall@1 {figure['value']:+.2f}, between {figure['low']:+.2f} and {figure['high']:+.2f}"
+    )
