@@ -41,6 +41,7 @@ def main() -> None:
             *run("object_store", *common, "--images", str(args.images), "--rounds", "5"),
             *run("memory", *common, "--images", str(args.small)),
             *run("aggregate", *common, "--images", str(args.vectors)),
+            *run("evaluate", *common, "--listings", str(args.vectors // 10)),
             *run("load", *common, "--listings", str(args.vectors), "--rounds", "5"),
             *run("export", *common, "--listings", str(args.listings)),
         ]
@@ -150,6 +151,14 @@ def _aggregate(line: Line) -> Iterator[str]:
     yield _row("aggregate", f"{line['images_per_second']:.0f} images/s, {grown}")
 
 
+def _evaluate(line: Line) -> Iterator[str]:
+    grown = f"{line['megabytes_before']:.0f} to {line['megabytes_peak']:.0f} MB"
+    yield _row(
+        f"evaluate, {line['queries']} queries, {line['gallery']} listings",
+        f"{line['seconds']:.0f} s, {grown}",
+    )
+
+
 def _load(line: Line) -> Iterator[str]:
     yield _row(
         "COPY of listing vectors",
@@ -179,6 +188,7 @@ ROWS: dict[str, Callable[[Line], Iterator[str]]] = {
     "object store": _object_store,
     "memory": _memory,
     "aggregate": _aggregate,
+    "evaluate": _evaluate,
     "load": _load,
     "export and select": _export,
 }
