@@ -32,13 +32,14 @@ SEEN = pa.schema(
 NEWEST = """
     SELECT listing_id, max({'edited': edited_date, 'generation': generation}) AS newest
     FROM seen GROUP BY listing_id"""
-# The photos of it, with how many listings have one with the same vector, and the first of these.
-SHARED = f"""
-    WITH newest AS ({NEWEST})
-    SELECT hash, min({{'listing': listing_id, 'index': image_index}}) AS first
-    FROM seen JOIN newest USING (listing_id)
-    WHERE newest = {{'edited': edited_date, 'generation': generation}}
-    GROUP BY hash HAVING count(DISTINCT listing_id) > 1"""
+OLDER = f"""
+    DELETE FROM seen USING ({NEWEST}) n
+    WHERE n.listing_id = seen.listing_id
+      AND n.newest <> {{'edited': edited_date, 'generation': generation}}"""
+# Vectors that several listings have, and the first photo of each.
+SHARED = """
+    SELECT hash, min({'listing': listing_id, 'index': image_index}) AS first
+    FROM seen GROUP BY hash HAVING count(DISTINCT listing_id) > 1"""
 EDITED = f"""
     SELECT listing_id, epoch_us(newest.edited), newest.generation
     FROM ({NEWEST}) SEMI JOIN (
@@ -87,6 +88,7 @@ class Halves:
             con.from_arrow(SEEN.empty_table()).create("seen")
             self._look_through(con)
             self._edited, self._moment, self._generation = _arrays(con.sql(EDITED), np.int64)
+            con.execute(OLDER)
             self._shared, self._side = self._sides_of_shared(con)
             if images:
                 flagged = con.read_parquet(str(images)).filter("is_stock_photo")
