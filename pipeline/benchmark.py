@@ -296,6 +296,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             f" fp32 of {found['images_compared']} photos: median {found['cosine_p50']:.5f},"
             f" p1 {found['cosine_p1']:.5f}, lowest {found['cosine_min']:.5f}"
         )
+    if report["precisions"]:
+        yield "what each finds on photos of yours: snakemake evaluate, as in docs/evaluate.md"
     if report["hardware"]["gpu"] is None and not report["hardware"]["bf16"]:
         yield NO_BF16
 

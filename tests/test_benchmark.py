@@ -102,8 +102,9 @@ def test_precisions_are_compared_where_bf16_is_fast(
     assert 1 == round(fp32["cosine_min"], 5)
     assert 0.999 < bf16["cosine_min"] <= bf16["cosine_p1"] <= bf16["cosine_p50"] < 1
     assert fp32["bound_images_per_second"] == report["bound_images_per_second"]
-    assert lines[-1].startswith("bf16: ")
-    assert f"of 7 photos: median {bf16['cosine_p50']:.5f}" in lines[-1]
+    assert lines[-2].startswith("bf16: ")
+    assert f"of 7 photos: median {bf16['cosine_p50']:.5f}" in lines[-2]
+    assert "snakemake evaluate" in lines[-1]
 
 
 def test_a_processor_without_bf16_gets_one_line(
