@@ -12,7 +12,8 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "listing-vectors
 
 from matplotlib.figure import Figure  # noqa: E402  after its backend
 
-INK, FIRST, SECOND = "#123456", "#0b57d1", "#c4570a"  # placeholders, and the two series
+INK, FIRST = "#123456", "#0b57d1"  # stand for the page's own, which change in dark mode
+SECOND = "#c4570a"
 HATCH = ("", "///")  # the series are told apart without colour, too
 
 
@@ -72,5 +73,5 @@ def _svg(figure: Figure) -> Markup:
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FIRST, "var(--accent)")
     return Markup(text)
