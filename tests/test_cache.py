@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -650,6 +651,20 @@ def test_parts_of_like_lengths_are_merged_at_the_end(
     ]
 
 
+def test_like_lengths_are_those_within_a_factor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to three rows are of a like length where four parts become one; four rows are not."""
+    monkeypatch.setattr(prune_module, "FAN", 4)
+    for start, rows in enumerate((1, 2, 3, 4, 1)):
+        cache = VectorCache(folder, DIM)
+        put(cache, *(f"a{start}{i}" for i in range(rows)))
+        cache.flush()
+    merge(folder)
+
+    assert [4, 7] == sorted(pq.read_metadata(part).num_rows for part in parts(folder))
+
+
 def test_records_of_parts_that_are_gone_leave_the_index(folder: Path) -> None:
     """With the next merge of the file that they are in."""
     fill(folder, "a1", "a2", "a3")
@@ -920,6 +935,33 @@ def test_prune_and_another_may_remove_the_same_part(
     prune(folder.parent.parent)
 
     assert axes(VectorCache(folder, DIM), "a3") == [3]
+
+
+def test_what_another_prune_removes_meanwhile_is_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is too old, or the folder of another encoder, has gone when its turn comes."""
+    fill(folder, "a1")
+    fill(folder.parent / "e", "a2")
+    old, written_ns = parts(folder)[0], parts_module.written_ns
+
+    def goes(name: str) -> int:
+        old.unlink(missing_ok=True)
+        shutil.rmtree(folder.parent / "e", ignore_errors=True)
+        return written_ns(name)
+
+    monkeypatch.setattr(parts_module, "written_ns", goes)
+    prune(folder.parent.parent, keep={"f"}, older_than_days=0)
+
+    assert [] == parts(folder.parent)
+
+
+def test_prune_drops_entries_whose_path_is_none(folder: Path) -> None:
+    """A name with a zero byte, which no file system takes, is that of no file."""
+    fill(folder, "a\x001")
+    prune(folder.parent.parent, root=folder)
+
+    assert [] == parts(folder)
 
 
 def test_files_that_vanish_are_not_counted(folder: Path) -> None:
