@@ -368,6 +368,7 @@ def market(
     with new_database(server) as database:
         create_tables(database)
         work = new_workspace(tmp_path_factory.mktemp("evaluate") / "work", database, encoder)
+        work.knows_photos = True
         draw = np.random.default_rng(5)
         for listing in range(1, 13):
             names: list[str | None] = [f"{listing}/{index}.jpg" for index in range(3)]

@@ -311,6 +311,7 @@ def ran(server: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -
     with new_database(server) as database, pytest.MonkeyPatch.context() as patch:
         create_tables(database, None)
         work = new_workspace(tmp_path_factory.mktemp("pca") / "work", database, encoder)
+        work.knows_photos = True
         for listing in range(1, PHOTOGRAPHED + 1):
             new_listing(work, listing, photos=1 + listing % 2)
         runs = [work.run()]
