@@ -42,7 +42,7 @@ import contextlib, os, sys, time
 
 def slowly(read):
     def read_slowly(*words):
-        time.sleep(0.8 * os.path.exists("slow"))
+        time.sleep(1.6 * os.path.exists("slow"))
         return read(*words)
     return read_slowly
 
