@@ -35,6 +35,7 @@ SECRET = "a-password-that-nobody-else-has"
 LISTINGS = 200
 SHARDS = 8
 RUN_S = 900.0
+BATCHES = {"batch_size": 2}  # so that a shard's first vectors come, and are kept, before its last
 
 # While the file `slow` is there, the stages on n1 are slow enough to be killed amid their work.
 SLOW = """
@@ -97,9 +98,9 @@ def story(
         work = new_workspace(folder / "work", database, encoder)
         market(work, LISTINGS)
         with fork_of(work, folder / "local") as local:
-            local.run()
+            local.run(config=BATCHES)
             local.database.edit(7, "2026-02-01")
-            local.run()
+            local.run(config=BATCHES)
             expected = local.database.vectors(KEPT)
         prepare(work)
         with looking_for(SECRET, cluster.folder, work.folder) as found:
@@ -128,7 +129,8 @@ def command(work: Workspace, shards: int) -> list[str]:
         "--workflow-profile", str(REPOSITORY / "profiles" / "slurm"),
         "--set-scatter", f"encode={shards}", "--verbose", "--slurm-keep-successful-logs",
         "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8",
-        "--config", "device=cpu", "batch_size=8", f"model_name=local-dir:{work.encoder}",
+        "--config", "device=cpu", f"batch_size={BATCHES['batch_size']}",
+        f"model_name=local-dir:{work.encoder}",
     ]  # fmt: skip
 
 
