@@ -191,7 +191,8 @@ def aggregate(
 
     ModelError: the projection was fitted on the vectors of another encoder.
     """
-    dim, made_by = _encoder_of(args.encoded)
+    dim = parquet.dimension(pq.read_schema(args.encoded[0]))
+    made_by = parquet.made_by(args.encoded)
     if projection:
         projection.check(made_by["encoder"], dim)
         made_by["select"] = {**made_by["select"], "projection": projection.digest}
@@ -238,26 +239,6 @@ def _check_any_photo(report: Report, encoded: list[Path], max_failed_fraction: f
         "nothing waits, nothing is loaded",
         "check IMAGE_ROOT_DIR; if they are all to come later: --config max_failed_fraction=1",
     )
-
-
-def _encoder_of(paths: list[Path]) -> tuple[int, dict[str, Any]]:
-    """The dimension and metadata of the shards, which must all be made by the same.
-
-    Of `witnesses_there` the most: a shard without images has not looked for any.
-    """
-    made_by = parquet.metadata(paths[0])
-    for path in paths:
-        other = parquet.metadata(path)
-        if {**other, "witnesses_there": 0} != {**made_by, "witnesses_there": 0}:
-            raise DataError(
-                f"shards of one export, one selection and one encoder, as {paths[0]}",
-                "another",
-                str(path),
-                "run encode again: --forcerun encode",
-            )
-        there = other.get("witnesses_there", 0)
-        made_by["witnesses_there"] = max(there, made_by.get("witnesses_there", 0))
-    return parquet.dimension(pq.read_schema(paths[0])), made_by
 
 
 def _batches(

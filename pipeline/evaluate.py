@@ -18,12 +18,12 @@ from pipeline.pages import plots
 from pipeline.pages.template import page
 from pipeline.photos.album import Album
 from pipeline.retrieval.bootstrap import said, said_difference
+from pipeline.retrieval.choices import BITS, stored_bytes
 from pipeline.retrieval.evaluation import Misses, evaluate
 from pipeline.retrieval.halves import Halves
 from pipeline.retrieval.words import headline, recommendation
 from pipeline.stage import command, parquet, settings
 from pipeline.stage.command import log
-from pipeline.stage.errors import DataError
 from pipeline.stage.settings import Environment, Identity
 
 SIDE = 112  # pixels of a thumbnail
@@ -63,11 +63,10 @@ def report(
     with_stock = not made_by["recipe"].get("exclude_stock", True)
     halves = Halves(shards, images if with_stock else None, seed, memory_mb)
     found, misses = evaluate(halves, dim, seed, threads)
-    sizes = {"vector": 4 * dim + 8, "halfvec": 2 * dim + 8, "bits": -(-dim // 8) + 8}
     found |= {
         "made_by": made_by,
         "images_per_second": _rate(shards, made_by["key"]["model_rev"]),
-        "bytes_per_vector": sizes,
+        "bytes_per_vector": {kind: stored_bytes(dim, kind) for kind in BITS},
     }
     found["recommendation"] = recommendation(found)
     return found, misses
@@ -75,18 +74,12 @@ def report(
 
 def _made_by(shards: Sequence[Path]) -> dict[str, Any]:
     """Key, recipe and encoder of the shards. DataError: they are of more than one."""
-    all_of = [parquet.metadata(path) for path in shards]
-    for path, made_by in zip(shards, all_of, strict=True):
-        if any(made_by.get(part) != all_of[0].get(part) for part in ("export", "encoder")):
-            raise DataError(
-                f"shards of one export and one encoder, as {shards[0]}", "another", str(path),
-                "run encode again: --forcerun encode",
-            )  # fmt: skip
-    exported = all_of[0].get("export", {})
+    made_by = parquet.made_by(shards)
+    exported = made_by.get("export", {})
     return {
         "key": {name: exported.get(name, "") for name in Identity._fields},
-        "recipe": all_of[0].get("select", {}),
-        "encoder": all_of[0].get("encoder", {}),
+        "recipe": made_by.get("select", {}),
+        "encoder": made_by.get("encoder", {}),
     }
 
 

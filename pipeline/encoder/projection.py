@@ -81,39 +81,58 @@ class Projection:
             )  # fmt: skip
 
 
-def fit(batches: Iterable[npt.NDArray[np.floating]], dimensions: int) -> Fit:
-    """The mean and the first principal components of vectors, given as (rows, of) at a time.
+class Moments:
+    """What a fit needs of vectors of length `of`: memory is that of two matrices (of, of)."""
 
-    Memory is that of a batch and of two matrices (of, of). Of each component the element that is
-    largest by its amount is positive. SettingsError: more dimensions than the vectors have;
-    DataError: no more vectors than dimensions, or some that are not finite.
+    def __init__(self, of: int) -> None:
+        self.rows = 0
+        self._sums, self._products = np.zeros(of), np.zeros((of, of))
+
+    def add(self, vectors: npt.NDArray[np.floating]) -> None:
+        """Some more, (rows, of)."""
+        block = vectors.astype(np.float64)
+        self.rows += len(block)
+        self._sums += block.sum(axis=0)
+        self._products += block.T @ block
+
+    def fit(self, dimensions: int) -> Fit:
+        """The mean and the first principal components of two vectors or more.
+
+        Of each component the element that is largest by its amount is positive.
+        """
+        mean = self._sums / self.rows
+        covariance = (self._products - self.rows * np.outer(mean, mean)) / (self.rows - 1)
+        variances, columns = np.linalg.eigh(covariance)
+        components = columns.T[::-1][:dimensions]
+        largest = np.abs(components).argmax(axis=1)
+        signs = np.sign(components[np.arange(dimensions), largest])
+        explained = np.maximum(variances[::-1][:dimensions], 0)
+        total = np.trace(covariance)
+        return Fit(mean, components * signs[:, np.newaxis], explained, total, self.rows)
+
+
+def fit(batches: Iterable[npt.NDArray[np.floating]], dimensions: int) -> Fit:
+    """The fit of vectors that are given as (rows, of) at a time.
+
+    SettingsError: more dimensions than the vectors have; DataError: no more vectors than
+    dimensions, or some that are not finite.
     """
-    rows, sums, products = 0, np.zeros(0), np.zeros((0, 0))
+    moments = Moments(0)
     for batch in batches:
-        if not rows:
+        if not moments.rows:
             of = batch.shape[1]
             if dimensions > of:
                 raise SettingsError(f"--dimensions, {of} at most", str(dimensions), "command line")
-            sums, products = np.zeros(of), np.zeros((of, of))
-        block = batch.astype(np.float64)
-        if not np.isfinite(block).all():
+            moments = Moments(of)
+        if not np.isfinite(batch).all():
             raise DataError("finite vectors to fit on", "others among them")
-        rows += len(block)
-        sums += block.sum(axis=0)
-        products += block.T @ block
-    if rows <= dimensions:
+        moments.add(batch)
+    if moments.rows <= dimensions:
         raise DataError(
-            f"more vectors than the {dimensions} dimensions to fit", str(rows), "",
+            f"more vectors than the {dimensions} dimensions to fit", str(moments.rows), "",
             "ask for fewer --dimensions, or embed more listings first",
         )  # fmt: skip
-    mean = sums / rows
-    covariance = (products - rows * np.outer(mean, mean)) / (rows - 1)
-    variances, columns = np.linalg.eigh(covariance)
-    components = columns.T[::-1][:dimensions]
-    largest = np.abs(components).argmax(axis=1)
-    signs = np.sign(components[np.arange(dimensions), largest])
-    explained = np.maximum(variances[::-1][:dimensions], 0)
-    return Fit(mean, components * signs[:, np.newaxis], explained, np.trace(covariance), rows)
+    return moments.fit(dimensions)
 
 
 def _schema(of: int) -> pa.Schema:

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.encoder.projection import Fit
 from pipeline.retrieval.photos import Array, Photos, Vectors, unit
 
 TIE = 1e-6  # cosines in float32 that differ by less are the same
 CHUNK, FEW = 512, 256  # queries that are scored together
 SHORTLIST = 100  # of the nearest by bits, those that are ranked by cosine
+
+BITS = {"vector": 32, "halfvec": 16, "bits": 1}  # of a component, by how pgvector stores it
 
 Map = Callable[[Photos], Vectors]
 
@@ -145,11 +148,9 @@ class Projection:
     directions: Array
 
     @classmethod
-    def of(cls, count: int, total: Array, products: Array, dimensions: int) -> "Projection":
-        """From so many vectors' sum and sum of products, float64."""
-        mean = total / count
-        found = np.linalg.eigh(products / count - np.outer(mean, mean))[1]
-        return cls(mean.astype(np.float32), found[:, ::-1][:, :dimensions].astype(np.float32))
+    def of(cls, fit: Fit) -> "Projection":
+        """As `pca` projects, in float32."""
+        return cls(fit.mean.astype(np.float32), fit.components.T.astype(np.float32))
 
     def first(self, dimensions: int) -> "Projection":
         """On fewer directions."""
@@ -282,6 +283,11 @@ class Bits(Choice):
 def _signs(vectors: Vectors) -> Vectors:
     """1 where a component is above 0, else -1: their product counts the bits that agree."""
     return np.where(vectors > 0, np.float32(1), np.float32(-1))
+
+
+def stored_bytes(dim: int, kind: str = "vector") -> int:
+    """Of a vector in the table or its index, with its header."""
+    return -(-dim * BITS[kind] // 8) + 8
 
 
 def half(vectors: Vectors) -> Vectors:

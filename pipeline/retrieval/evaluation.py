@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.encoder.projection import Moments
 from pipeline.retrieval import bootstrap
 from pipeline.retrieval.choices import (
     SHORTLIST,
@@ -27,6 +28,7 @@ from pipeline.retrieval.choices import (
     Projection,
     Queries,
     half,
+    stored_bytes,
 )
 from pipeline.retrieval.halves import ALL, B, Halves, Split, hashed
 from pipeline.retrieval.photos import NEAR, Array, Photos, Vectors
@@ -51,14 +53,11 @@ class Found:
     most: int = 0  # photos of a side
     entry_photos: int = 0
     queries: Queries | None = None
-    fitted_on: list[int] = field(default_factory=lambda: [0, 0])
-    total: Array = field(init=False)
-    products: Array = field(init=False)
+    others: list[Moments] = field(init=False)  # of each fold: of the listings that are not in it
     _waiting: list[tuple[Array, Queries]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.total = np.zeros((2, self.dim))
-        self.products = np.zeros((2, self.dim, self.dim))
+        self.others = [Moments(self.dim), Moments(self.dim)]
 
     def add(self, part: Split) -> None:
         """Another batch."""
@@ -89,18 +88,13 @@ class Found:
 
     def _fit(self, photos: Photos) -> None:
         """Listings of one fold go into the projection of the other's."""
-        means = photos.mean().astype(np.float64)
-        folds = fold(photos.listing, self.seed)
-        for number in (0, 1):
-            others = means[folds != number]
-            self.fitted_on[number] += len(others)
-            self.total[number] += others.sum(axis=0)
-            self.products[number] += others.T @ others
+        means, folds = photos.mean(), fold(photos.listing, self.seed)
+        for number, others in enumerate(self.others):
+            others.add(means[folds != number])
 
     def projections(self, dimensions: int) -> list[Projection]:
         """That of each fold."""
-        moments = zip(self.fitted_on, self.total, self.products, strict=True)
-        return [Projection.of(*of_fold, dimensions) for of_fold in moments]
+        return [Projection.of(others.fit(dimensions)) for others in self.others]
 
 
 def fold(listing: Array, seed: int) -> Array:
@@ -139,7 +133,7 @@ def evaluate(halves: Halves, dim: int, seed: int, threads: int) -> tuple[dict[st
 
 def _choices(queries: Queries, found: Found) -> Iterator[Choice]:
     """Ours first, with which the others are compared."""
-    size = 4 * found.dim + 8
+    size = stored_bytes(found.dim)
     all_photos = size * found.entry_photos / (found.split + found.distractors)
     yield Ours(size, queries)
     for photos in LADDER:
@@ -151,15 +145,18 @@ def _choices(queries: Queries, found: Found) -> Iterator[Choice]:
     if found.stock:
         yield Means("without stock photos", "stock", size, queries, _mean_without_stock)
     folds = fold(queries.asked.listing, found.seed)
-    fits = [d for d in DIMENSIONS if d < min(found.dim, *found.fitted_on)]
+    fits = [d for d in DIMENSIONS if d < min(found.dim, *(others.rows for others in found.others))]
     most = found.projections(max(fits)) if fits else []
     for dimensions in fits:
         of = [each.first(dimensions) for each in most]
         name = f"{dimensions} dimensions"
-        yield Projected(name, "dimensions", 4 * dimensions + 8, queries, of, folds)
-    yield Means("halfvec", "storage", 2 * found.dim + 8, queries, _halves)
+        yield Projected(name, "dimensions", stored_bytes(dimensions), queries, of, folds)
+    yield Means("halfvec", "storage", stored_bytes(found.dim, "halfvec"), queries, _halves)
     yield Bits(
-        f"bits, the best {SHORTLIST} re-ranked", "bits", size + -(-found.dim // 8) + 8, queries
+        f"bits, the best {SHORTLIST} re-ranked",
+        "bits",
+        size + stored_bytes(found.dim, "bits"),
+        queries,
     )
 
 

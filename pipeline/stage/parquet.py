@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,26 @@ def listing_vectors(dim: int) -> pa.Schema:
 def dimension(schema: pa.Schema) -> int:
     """The length of the vectors in a schema's `vec` column."""
     return int(schema.field("vec").type.list_size)
+
+
+def made_by(paths: Sequence[Path]) -> dict[str, Any]:
+    """The metadata of encode shards, which must all be made by the same; else DataError.
+
+    Of `witnesses_there` the most: a shard without images has not looked for any.
+    """
+    found = metadata(paths[0])
+    for path in paths:
+        other = metadata(path)
+        if {**other, "witnesses_there": 0} != {**found, "witnesses_there": 0}:
+            raise DataError(
+                f"shards of one export, one selection and one encoder, as {paths[0]}",
+                "another",
+                str(path),
+                "run encode again: --forcerun encode",
+            )
+        there = other.get("witnesses_there", 0)
+        found["witnesses_there"] = max(there, found.get("witnesses_there", 0))
+    return found
 
 
 def shards(folder: Path, number: int) -> list[Path]:
