@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks import measure
 from pipeline.cache.index import Index, Run
-from pipeline.cache.parts import RECORD, new_name
+from pipeline.cache.parts import RECORD, Entry, new_name
 from pipeline.cache.prune import merge
 from pipeline.cache.vectors import VectorCache
 
@@ -84,7 +84,7 @@ def fill(folder: Path, dim: int, entries: int, shard: int) -> dict[str, Any]:
 def add(cache: VectorCache, rows: range, vectors: np.ndarray) -> None:
     for row in rows:
         path, size, mtime_ns = key(row)
-        cache.add(path, size, mtime_ns, digest(row), vectors[row % VECTORS], None)
+        cache.add(Entry(path, size, mtime_ns, digest(row), vectors[row % VECTORS]))
 
 
 def add_others(folder: Path, entries: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def check(cache: VectorCache, asked: list[np.ndarray], vectors: np.ndarray) -> N
     for rows in asked:
         paths, sizes, mtimes = zip(*map(key, rows.tolist()), strict=True)
         hits = cache.lookup_files(list(paths), np.array(sizes), np.array(mtimes))
-        found = [hits.vector(place) for place in range(len(rows))]
+        found = [hits.get(place) for place in range(len(rows))]
         assert np.array_equal(np.array(found), vectors[rows % VECTORS])
 
 

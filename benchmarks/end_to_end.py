@@ -14,7 +14,6 @@ import torch
 
 from benchmarks import material, measure, plain
 from pipeline import aggregate, benchmark, encode, load
-from pipeline.cache.vectors import NoCache
 from pipeline.encode import EncodeJob, Line
 from pipeline.stage import parquet
 
@@ -128,7 +127,7 @@ class Ours:
 
     def apart(self, best: dict[str, float]) -> None:
         """Each stage alone; `best` keeps the fewest seconds of each."""
-        with Line(self.job, NoCache(self.job.dim)) as line:
+        with Line(self.job, benchmark.NoCache(self.job.dim)) as line:
             took = benchmark.time_apart([*self.storage_paths], self.job, line)
         for stage in best:
             best[stage] = min(best[stage], took[stage])

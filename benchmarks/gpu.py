@@ -38,7 +38,7 @@ from PIL import Image, ImageOps
 from torchvision.io import decode_jpeg
 
 from benchmarks import measure
-from pipeline.cache.vectors import NoCache
+from pipeline.benchmark import NoCache
 from pipeline.encode import GPU_DECODED, EncodeJob, Line, Photo, encode
 from pipeline.encoder.claim import wait_asleep
 from pipeline.encoder.model import find_model, full_preprocess

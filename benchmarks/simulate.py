@@ -25,6 +25,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks import export, material, measure
+from pipeline.cache.parts import Entry
 from pipeline.cache.vectors import VectorCache
 from pipeline.database.connection import connect, fetch
 from pipeline.database.pending import prepare
@@ -310,7 +311,7 @@ def made_up(size: Size) -> None:
 
 def cache_of(size: Size) -> VectorCache:
     made_by = Fingerprint(**material.ENCODER, decode="full", apply_exif_orientation=True)
-    return VectorCache.of(Path(size.chosen.cache_dir), made_by, size.dim)
+    return VectorCache.of(Path(size.chosen.cache_dir), made_by.as_dict(), size.dim)
 
 
 def fill_cache(size: Size) -> None:
@@ -320,7 +321,7 @@ def fill_cache(size: Size) -> None:
     with cache_of(size) as cache:
         for n in range(size.listings):
             digest = n.to_bytes(32, "little")
-            cache.add(f"{n}/0.jpg", n, n, digest, values[n % MADE_UP], None)
+            cache.add(Entry(f"{n}/0.jpg", n, n, digest, values[n % MADE_UP]))
 
 
 def open_cache(size: Size) -> None:

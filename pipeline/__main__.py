@@ -5,6 +5,7 @@ The stages are commands too: python -m pipeline.export, .select, .encode, .aggre
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +163,11 @@ def print_role_sql(args: argparse.Namespace) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["show", "prune"], help="prune merges small files too")
     parser.add_argument("--cache-dir", default=Settings().cache_dir, help="folder of the cache")
-    parser.add_argument("--max-mb", type=float, help="prune: oldest entries beyond this size")
-    parser.add_argument("--older-than-days", type=float, help="prune: files written before that")
+    for flag, what in (
+        ("--max-mb", "oldest entries beyond this size"),
+        ("--older-than-days", "files written before that"),
+    ):
+        parser.add_argument(flag, type=float, default=math.inf, help=f"prune: {what}")
     parser.add_argument(
         "--image-root", type=Path, help="prune: entries whose file below this folder has changed"
     )
@@ -175,18 +179,13 @@ def show_or_prune_cache(args: argparse.Namespace) -> None:
     if args.what == "prune":
         if args.image_root:
             check_image_root(args.image_root)  # below what is no folder, every file is gone
-        freed = prune.prune(
-            folder,
-            max_bytes=None if args.max_mb is None else int(args.max_mb * 1e6),
-            older_than_days=args.older_than_days,
-            root=args.image_root,
-        )
+        freed = prune.prune(folder, args.max_mb * 1e6, args.older_than_days, args.image_root)
         print(f"{freed / 1e6:.1f} MB freed")
     for encoder in prune.stats(folder):
         made_by = encoder.fingerprint
         print(
             f"{folder / VECTORS / encoder.folder}: {encoder.entries} images"
-            f" ({encoder.failures} broken), {encoder.bytes / 1e6:.1f} MB in {encoder.parts} files;"
+            f" ({encoder.broken} broken), {encoder.bytes / 1e6:.1f} MB in {encoder.parts} files;"
             f" weights {str(made_by.get('weights', '?'))[:24]}, {made_by.get('precision')},"
             f" {made_by.get('decode')}"
         )

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.cache.vectors import NoCache
+from pipeline.cache.parts import Entry
+from pipeline.cache.vectors import VectorCache
 from pipeline.encode import GPU_BATCHES, SETTINGS, EncodeJob, Line, Photo, add_encoder_flags
 from pipeline.encoder.model import fast_precisions
 from pipeline.encoder.processor import NO_BF16, cpu_name, has_bf16
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
 WORTH = 1.1  # what a setting must bring to be advised
 CHUNK = 256  # images held in memory while the stages are timed apart; more on many cores
 SAMPLE_S = 2.0  # that the configured precision takes for the photos on which others are compared
+
+
+class NoCache(VectorCache):
+    """Finds nothing and keeps nothing."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(Path(os.devnull), dim)
+
+    def add(self, entry: Entry) -> None:
+        """Forget it."""
 
 
 def main() -> None:

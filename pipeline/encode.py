@@ -12,6 +12,7 @@ main thread makes full batches and writes rows in order.
 
 import argparse
 import functools
+import gc
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cache.parts import Entry, Outcome
 from pipeline.cache.vectors import VectorCache
 from pipeline.encoder.claim import claim
 from pipeline.encoder.model import (
@@ -76,6 +78,7 @@ def main() -> None:
     stats = encode(args.selected, args.encoded, chosen, job)
     parquet.write_json(args.stats, stats.as_dict())
     log.info("%s -> %s", stats, args.encoded)
+    gc.freeze()  # it all goes with the process: to look through torch takes most of a second
 
 
 def parse_args() -> argparse.Namespace:
@@ -281,8 +284,7 @@ class Photo:
     stat: FileStat | None = None
     digest: bytes = b""
     pixels: "torch.Tensor | None" = None
-    vec: np.ndarray | None = None
-    error: str | None = None
+    outcome: Outcome | None = None  # a vector, or why there is none
     how: str = ""  # encoded, or which lookup saved the encode
     twins: "list[Photo]" = field(
         default_factory=list
@@ -290,7 +292,11 @@ class Photo:
 
     @property
     def done(self) -> bool:
-        return self.vec is not None or self.error is not None
+        return self.outcome is not None
+
+    @property
+    def error(self) -> str | None:
+        return self.outcome if isinstance(self.outcome, str) else None
 
 
 @dataclass
@@ -335,12 +341,12 @@ class Stats:
 def encode(selected: Path, encoded: Path, chosen: Settings, job: EncodeJob) -> Stats:
     """Write the encode shard; returns its statistics."""
     made_by = parquet.metadata(selected)
-    made_by["encoder"] = job.fingerprint.as_dict()
+    made_by["encoder"] = encoder = job.fingerprint.as_dict()
     expected = parquet.rows([selected])
     witnesses = made_by.pop("witnesses", [])
     made_by["witnesses_there"] = job.check_witnesses(witnesses) if expected else 0
     force = made_by.get("export", {}).get("force", False)
-    cache = VectorCache.of(Path(chosen.cache_dir), job.fingerprint, job.dim, read=not force)
+    cache = VectorCache.of(Path(chosen.cache_dir), encoder, job.dim, read=not force)
     start = time.monotonic()
     with cache, Line(job, cache) as line:
         stats = _write(selected, encoded, made_by, line)
@@ -382,9 +388,9 @@ def _with_outcomes(selected: pa.Table, photos: list[Photo], dim: int) -> pa.Tabl
     """The selected rows with size, mtime_ns, vec and error of their photos."""
     values = np.zeros((len(photos), dim), np.float32)
     for row, photo in enumerate(photos):
-        if photo.vec is not None:
-            values[row] = photo.vec
-    null = pa.array([photo.vec is None for photo in photos], pa.bool_())
+        if photo.error is None:
+            values[row] = photo.outcome
+    null = pa.array([photo.error is not None for photo in photos], pa.bool_())
     outcomes = {
         "size": [photo.stat.size if photo.stat else None for photo in photos],
         "mtime_ns": [photo.stat.mtime_ns if photo.stat else None for photo in photos],
@@ -481,7 +487,7 @@ class Line(AbstractContextManager["Line"]):
             if isinstance(found, FileStat):
                 photo.stat = found
             else:
-                photo.error = str(found)
+                photo.outcome = str(found)
         self._check_missing(*(photo.error for photo in photos if photo.error))
         self._refresh()
         return self._settle_same([photo for photo in photos if photo.stat is not None])
@@ -494,8 +500,7 @@ class Line(AbstractContextManager["Line"]):
             np.array([photo.stat.mtime_ns for photo in photos if photo.stat], np.int64),
         )
         for row, photo in enumerate(photos):
-            photo.vec, photo.error = hits.vector(row), hits.error(row)
-            photo.how = "same file"
+            photo.outcome, photo.how = hits.get(row), "same file"
         return len(hits) > 0
 
     def _check_missing(self, *errors: str) -> None:
@@ -568,7 +573,7 @@ class Line(AbstractContextManager["Line"]):
             except PhotoError as error:
                 if not self.job.photos.readers:  # a store says itself that all of it is missing
                     self._check_missing(str(error))
-                self._finish(photo, None, str(error))
+                self._finish(photo, str(error))
                 continue
             photo.digest = sha256(data).digest()
             if self._claim(photo):
@@ -578,7 +583,7 @@ class Line(AbstractContextManager["Line"]):
         outcomes = self.decoder.many([data for _, data in mine])
         for (photo, _), outcome in zip(mine, outcomes, strict=True):
             if isinstance(outcome, PhotoError):
-                self._finish(photo, None, str(outcome))
+                self._finish(photo, str(outcome))
             else:
                 photo.pixels = outcome
 
@@ -598,7 +603,7 @@ class Line(AbstractContextManager["Line"]):
         hits = self.cache.lookup_digests([photo.digest for photo in photos])
         for row, photo in enumerate(photos):
             if row in hits:
-                self._finish(photo, hits.vector(row), hits.error(row), "same bytes", "same bytes")
+                self._finish(photo, hits[row], "same bytes", "same bytes")
 
     def _collect(self) -> None:
         """Wait for the handful that was sent first; what it decoded goes into batches."""
@@ -657,39 +662,34 @@ class Line(AbstractContextManager["Line"]):
         vectors = self.encode_pixels([p.pixels for p in batch if p.pixels is not None])
         for photo, vec in zip(batch, vectors, strict=True):
             photo.pixels = None
-            sound = bool(np.isfinite(vec).all())
-            self._finish(photo, vec if sound else None, None if sound else NO_VECTOR)
+            self._finish(photo, vec if np.isfinite(vec).all() else NO_VECTOR)
 
     def _finish(
         self,
         photo: Photo,
-        vec: np.ndarray | None,
-        error: str | None,
+        outcome: Outcome,
         how: str = "encoded",
         twins_how: str = "same bytes in this run",
     ) -> None:
         """Give a photo and its twins their outcome and let the cache know."""
         with self.lock:
             self.under_way.pop(photo.digest, None)
-            self._settle(photo, vec, error, how)
+            self._settle(photo, outcome, how)
             for twin in photo.twins:
-                self._settle(twin, vec, error, twins_how)
+                self._settle(twin, outcome, twins_how)
 
-    def _settle(self, photo: Photo, vec: np.ndarray | None, error: str | None, how: str) -> None:
+    def _settle(self, photo: Photo, outcome: Outcome, how: str) -> None:
         photo.how = how
         if self.over:
             return
-        if photo.digest and photo.stat and (vec is not None or _is_the_files(error)):
-            self.cache.add(
-                photo.path or "", photo.stat.size, photo.stat.mtime_ns, photo.digest, vec, error
-            )
-        photo.error = error
-        photo.vec = vec
+        if photo.digest and photo.stat and _is_the_files(outcome):
+            self.cache.add(Entry(photo.path or "", *photo.stat, photo.digest, outcome))
+        photo.outcome = outcome
 
 
-def _is_the_files(error: str | None) -> bool:
-    """Whether an error belongs to the bytes alone; limits and permissions may change."""
-    return error is not None and error.startswith("broken:")
+def _is_the_files(outcome: Outcome) -> bool:
+    """Whether an outcome belongs to the bytes alone; limits and permissions may change."""
+    return not isinstance(outcome, str) or outcome.startswith("broken:")
 
 
 if __name__ == "__main__":

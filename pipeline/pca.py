@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.cache.parts import matrix
 from pipeline.database import registry, target
 from pipeline.database.connection import connect, quoted, sort_in_memory
 from pipeline.database.neighbours import Neighbourhood
@@ -145,7 +144,7 @@ def _drawn(files: Sequence[Path], rows: int, seed: int) -> Iterator[Vectors]:
     start = 0
     for file in files:
         for batch in parquet.batches(file, parquet.VECTOR_ROW_GROUP, ["vec"]):
-            yield matrix(pa.Table.from_batches([batch]))[wanted[start : start + len(batch)]]
+            yield parquet.matrix(pa.Table.from_batches([batch]))[wanted[start : start + len(batch)]]
             start += len(batch)
 
 

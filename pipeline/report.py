@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 from adbc_driver_manager.dbapi import Cursor
 from markupsafe import Markup
 
-from pipeline.cache.parts import matrix
 from pipeline.database import census, target, waiting
 from pipeline.database.connection import connect, described, quoted
 from pipeline.database.neighbours import Neighbourhood
@@ -464,7 +463,7 @@ def _fits(rows: pa.Table) -> Iterator[tuple[float, int, str]]:
     rows = rows.filter(pc.is_valid(rows["vec"]))
     if not rows.num_rows:
         return
-    vectors = matrix(rows)
+    vectors = parquet.matrix(rows)
     listings = rows["listing_id"].to_numpy()
     starts = np.flatnonzero(np.diff(listings, prepend=listings[0] - 1))
     sizes = np.diff(starts, append=len(listings))

@@ -211,8 +211,9 @@ class Workspace:
         job = EncodeJob.prepare(chosen, Environment.read({"IMAGE_ROOT_DIR": str(self.photos)}), 1)
         vars(job)["encoder"] = ENCODERS.get(job.model.weights) or job.encoder
         ENCODERS[job.model.weights] = job.encoder
-        folder = Path(chosen.cache_dir)
-        with VectorCache.of(folder, job.fingerprint, job.dim) as cache, Line(job, cache) as line:
+        made_by = job.fingerprint.as_dict()
+        cache = VectorCache.of(Path(chosen.cache_dir), made_by, job.dim)
+        with cache, Line(job, cache) as line:
             list(line.done(line.looked_up_ahead([paths])))
 
     def python(self, *words: str, env: Mapping[str, str] = {}) -> Run:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Workspace
 from test_reliability import market, shard
-from test_reliability import photos as many_photos
 
 from pipeline.stage import command
 from pipeline.workflow import hooks
@@ -151,8 +150,11 @@ MOVING = re.compile(r"\r\x1b\[Kencode: (\d+/\d+ images[^\r\n]*)\r")
 
 def test_progress_moves_in_a_terminal_and_stays_in_a_log(workspace: Workspace) -> None:
     """One line that is drawn again and then is gone; the log gets lines."""
-    words = shard(workspace, many_photos(workspace, 1200, (400, 300)))
-    words += ["--log", "logs/encode.log"]
+    large = (workspace.photos / workspace.photo("0.jpg", size=(3000, 2250))).read_bytes()
+    names = [f"{number}.jpg" for number in range(120)]
+    for name in names:  # of bytes of its own, behind its end
+        (workspace.photos / name).write_bytes(large + name.encode())
+    words = [*shard(workspace, names), "--batch-size", "8", "--log", "logs/encode.log"]
     terminal = Terminal([sys.executable, *words], workspace.folder, workspace.env)
     code = terminal.end()
     log = (workspace.folder / "logs/encode.log").read_text()
@@ -161,9 +163,9 @@ def test_progress_moves_in_a_terminal_and_stays_in_a_log(workspace: Workspace) -
     assert 0 == code, terminal.shown
     assert len(drawn) >= 2
     assert max(map(len, drawn)) < WIDTH
-    assert [] == [line for line in screen(terminal.shown) if "/1200 images" in line]
-    assert "1200 images: 1200 encoded" in screen(terminal.shown)[-1]
-    assert "1200 images: 1200 encoded" in log.splitlines()[-1]
+    assert [] == [line for line in screen(terminal.shown) if "/120 images" in line]
+    assert "120 images: 120 encoded" in screen(terminal.shown)[-1]
+    assert "120 images: 120 encoded" in log.splitlines()[-1]
     assert [] == [sign for sign in ("\r", "\x1b") if sign in log]
 
 

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from pipeline import encode as stage
-from pipeline.cache.vectors import NoCache
+from pipeline.benchmark import NoCache
 from pipeline.encode import EncodeJob, Line, Photo
 from pipeline.photos.files import PhotoFolder
 from pipeline.stage import parquet

@@ -20,8 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.stage.parquet import matrix
+
 Array = npt.NDArray[Any]
-Vectors = npt.NDArray[np.float32]
+Outcome = npt.NDArray[np.float32] | str
 
 VECTORS = "vectors"
 PART = re.compile(r"part-\d+-\d+-\d+\.parquet")
@@ -40,14 +42,13 @@ _numbers = itertools.count()
 
 
 class Entry(NamedTuple):
-    """One remembered image; exactly one of `vec` (float32, unit length) and `error` is set."""
+    """One remembered image, and its unit vector, float32 (dim,), or why it has none."""
 
     storage_path: str
     size: int
     mtime_ns: int
     digest: bytes
-    vec: Vectors | None
-    error: str | None
+    outcome: Outcome
 
 
 def new_name(at_ns: int | None = None, form: str = "part-{}.parquet") -> str:
@@ -82,10 +83,12 @@ def digest_keys(digests: Iterable[bytes]) -> Array:
 
 def table_of(entries: Iterable[Entry], dim: int) -> pa.Table:
     """A part's rows: two keys of an image, and its vector or its error."""
-    vec, text, number = pa.list_(pa.float32(), dim), pa.string(), pa.int64()
-    types = [text, number, number, pa.binary(32), vec, text]
-    columns = map(pa.array, zip(*entries, strict=True), types)
-    return pa.table(list(columns), list(Entry._fields))
+    *keys, outcomes = zip(*entries, strict=True)
+    vectors = [None if isinstance(each, str) else each for each in outcomes]
+    errors = [each if isinstance(each, str) else None for each in outcomes]
+    types = [pa.string(), pa.int64(), pa.int64(), pa.binary(32), pa.list_(pa.float32(), dim)]
+    columns = map(pa.array, [*keys, vectors, errors], [*types, pa.string()])
+    return pa.table(list(columns), [*FILE_KEY, "digest", "vec", "error"])
 
 
 def read(path: Path) -> pa.Table:
@@ -122,9 +125,9 @@ def records_of(path: Path, table: pa.Table) -> Array:
     return records
 
 
-def values(path: Path, records: Array, low: Array, dim: int) -> list[Vectors | str]:
+def values(path: Path, records: Array, low: Array, dim: int) -> list[Outcome]:
     """The vector or the error of each record. Raises one of UNREADABLE."""
-    found: list[Vectors | str] = []
+    found: list[Outcome] = []
     errors: pa.ChunkedArray = []
     if (records["at"] >= IS_ERROR).any():
         errors = pq.read_table(path, columns=["error"], use_threads=False)["error"].drop_null()
@@ -137,12 +140,6 @@ def values(path: Path, records: Array, low: Array, dim: int) -> list[Vectors | s
                 raise ValueError("not the bytes that were written")
             found.append(np.frombuffer(raw, np.float32) if error is None else error)
     return found
-
-
-def matrix(table: pa.Table) -> Vectors:
-    """The vectors, float32 (rows that have one, dim)."""
-    column = table["vec"].combine_chunks()
-    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
 
 
 def is_gone(error: Exception) -> bool:

@@ -6,10 +6,9 @@ are there twice until the next merge.
 
 import math
 import os
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,53 +35,45 @@ class FolderStats(NamedTuple):
     folder: str
     fingerprint: dict[str, Any]
     entries: int
-    failures: int
+    broken: int
     parts: int
     bytes: int
 
 
-def stats(cache_dir: Path) -> list[FolderStats]:
+def stats(cache_dir: Path) -> Iterator[FolderStats]:
     """What the cache holds, folder by folder, from its index, without unreadable parts."""
-    return [_stats(folder, Index(folder)) for folder in _folders(cache_dir)]
-
-
-def _stats(folder: Path, index: Index) -> FolderStats:
-    names = list(index.there.values())
-    document = _made_by(folder / names[0]) if names else {}
-    failures = sum(index.sizes[name][1] for name in names)
-    return FolderStats(folder.name, document, index.entries, failures, len(names), _bytes(folder))
+    for folder in _folders(cache_dir):
+        index = Index(folder)
+        names = list(index.there.values())
+        made_by = _made_by(folder / names[0]) if names else {}
+        broken = sum(index.sizes[name][1] for name in names)
+        size = _bytes(folder)
+        yield FolderStats(folder.name, made_by, index.entries, broken, len(names), size)
 
 
 def prune(
     cache_dir: Path,
-    *,
-    keep: Collection[str] | None = None,
-    max_bytes: int | None = None,
-    older_than_days: float | None = None,
+    max_bytes: float = math.inf,
+    older_than_days: float = math.inf,
     root: Path | None = None,
 ) -> int:
     """Merge small files and drop replaced entries; returns the bytes that this has freed.
 
-    `keep`: only these fingerprint folders stay. `older_than_days`: parts written before are
-    dropped. `max_bytes`: the oldest parts are dropped until the rest fits. `root`: entries whose
-    file below it is gone or has changed are dropped. All that stays is read. Others may read and
-    add meanwhile.
+    `older_than_days`: parts written before are dropped. `max_bytes`: the oldest parts are dropped
+    until the rest fits. `root`: entries whose file below it is gone or has changed are dropped.
+    All that stays is read. Others may read and add meanwhile.
     """
     folders = _folders(cache_dir)
     before = left = sum(map(_bytes, folders))
-    most = math.inf if max_bytes is None else max_bytes
-    oldest = 0.0 if older_than_days is None else time.time_ns() - older_than_days * 86_400e9
+    oldest = time.time_ns() - older_than_days * 86_400e9
     found = [folder / name for folder in folders for name in parts.names(folder)]
     for part in sorted(found, key=lambda part: parts.written_ns(part.name)):
-        if parts.written_ns(part.name) < oldest or left > most:
+        if parts.written_ns(part.name) < oldest or left > max_bytes:
             left -= _size(part)
             part.unlink(missing_ok=True)
     for folder in folders:
-        if keep is not None and folder.name not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            remove_abandoned(folder, parts.TEMPORARY)
-            merge(folder, True, root)
+        remove_abandoned(folder, parts.TEMPORARY)
+        merge(folder, True, root)
     return before - sum(map(_bytes, _folders(cache_dir)))
 
 

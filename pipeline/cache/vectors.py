@@ -5,18 +5,20 @@ found by (storage_path, size, mtime) without reading it, then by the hash of its
 processes may read and add at the same time. Deleting any of it costs time, never correctness.
 """
 
+import json
 import os
 import threading
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
 from pipeline.cache import parts
 from pipeline.cache.index import Index
-from pipeline.cache.parts import TEMPORARY, UNREADABLE, VECTORS, Array, Entry, Vectors
+from pipeline.cache.parts import TEMPORARY, UNREADABLE, VECTORS, Array, Entry, Outcome
 from pipeline.cache.prune import merge
 from pipeline.stage.command import log
 from pipeline.stage.parquet import VECTOR_ROW_GROUP, remove_abandoned, writer
@@ -27,29 +29,6 @@ TAKES_NO_FILES = (
     "expected a cache folder that takes files, found %s (%s);"
     " going on: what is not cached will be encoded again; hint: make room, or set another cache_dir"
 )
-
-
-class Fingerprint(Protocol):
-    """What decides an image's vector: equal ones have equal folders; as_dict is for people."""
-
-    @property
-    def folder(self) -> str: ...
-
-    def as_dict(self) -> dict[str, Any]: ...
-
-
-class Hits(dict[int, Vectors | str]):
-    """What a lookup found, by the row of the question: a unit vector, or why there is none."""
-
-    def vector(self, row: int) -> Vectors | None:
-        """The image's unit vector, float32 (dim,); None where there is none."""
-        value = self.get(row)
-        return None if isinstance(value, str) else value
-
-    def error(self, row: int) -> str | None:
-        """Why the image has no vector; None where it has one or is not known."""
-        value = self.get(row)
-        return value if isinstance(value, str) else None
 
 
 class VectorCache:
@@ -75,19 +54,17 @@ class VectorCache:
         self._lock = threading.RLock()  # over what is not written
 
     @classmethod
-    def of(cls, cache_dir: Path, fingerprint: Fingerprint, dim: int, read: bool = True) -> Self:
-        """The cache of a fingerprint below `cache_dir`; its parts say what made them."""
-        return cls(cache_dir / VECTORS / fingerprint.folder, dim, read, fingerprint.as_dict())
+    def of(cls, cache_dir: Path, made_by: Mapping[str, Any], dim: int, read: bool = True) -> Self:
+        """The cache of an encoder's fingerprint: all that decides a vector, as plain values."""
+        text = json.dumps(made_by, sort_keys=True, separators=(",", ":"))
+        return cls(cache_dir / VECTORS / sha256(text.encode()).hexdigest()[:16], dim, read, made_by)
 
     def __enter__(self) -> Self:
         remove_abandoned(self.folder, TEMPORARY)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Write what is not written yet, also when the block failed: it was paid for.
-
-        After a block that did not, small files are merged.
-        """
+        """Write what is left, also after an error: it was paid for. Else merge small files."""
         self.flush()
         if self._wrote and kind is None:
             merge(self.folder)
@@ -97,31 +74,22 @@ class VectorCache:
         """How many images are known, more or less: a replaced entry may count twice."""
         return self._index.entries + len(self._unwritten)
 
-    def lookup_files(self, paths: list[str], sizes: Array, mtimes: Array) -> Hits:
-        """Images by storage_path, size in bytes and mtime in nanoseconds, row by row."""
+    def lookup_files(self, paths: list[str], sizes: Array, mtimes: Array) -> dict[int, Outcome]:
+        """What is known, by row, of images by storage_path, size in bytes and mtime in ns."""
         asked = list(zip(paths, sizes.tolist(), mtimes.tolist(), strict=True))
         return self._lookup(parts.file_keys(asked), [self._unwritten.get(key) for key in asked])
 
-    def lookup_digests(self, digests: list[bytes]) -> Hits:
-        """Images by the SHA-256 of their bytes, row by row."""
+    def lookup_digests(self, digests: list[bytes]) -> dict[int, Outcome]:
+        """What is known, by row, of images by the SHA-256 of their bytes."""
         unwritten = [self._unwritten_digests.get(digest) for digest in digests]
         return self._lookup(parts.digest_keys(digests), unwritten)
 
-    def add(
-        self,
-        storage_path: str,
-        size: int,
-        mtime_ns: int,
-        digest: bytes,
-        vec: Vectors | None,
-        error: str | None,
-    ) -> None:
-        """Remember an image's unit vector, or why it has none. Written within seconds."""
-        entry = Entry(storage_path, size, mtime_ns, digest, vec, error)
+    def add(self, entry: Entry) -> None:
+        """Remember an image. Written within seconds."""
         with self._lock:
             if not self._unwritten:
                 self._oldest = time.monotonic()
-            self._unwritten[entry[:3]] = self._unwritten_digests[digest] = entry
+            self._unwritten[entry[:3]] = self._unwritten_digests[entry.digest] = entry
             self._flush_if_due()
 
     def flush(self) -> None:
@@ -155,11 +123,8 @@ class VectorCache:
         if len(self._unwritten) >= FLUSH_ROWS or time.monotonic() - self._oldest > FLUSH_S:
             self.flush()
 
-    def _lookup(self, keys: Array, unwritten: list[Entry | None]) -> Hits:
-        hits = Hits()
-        for row, entry in enumerate(unwritten):
-            if entry is not None and (value := entry.error or entry.vec) is not None:
-                hits[row] = value
+    def _lookup(self, keys: Array, unwritten: list[Entry | None]) -> dict[int, Outcome]:
+        hits = {row: entry.outcome for row, entry in enumerate(unwritten) if entry is not None}
         # a merge moves entries to a new part before it removes the old one
         while (vanished := self._read(hits, keys)) and self._index.read:
             if not self.refresh():
@@ -167,7 +132,7 @@ class VectorCache:
                 break
         return hits
 
-    def _read(self, hits: Hits, keys: Array) -> int:
+    def _read(self, hits: dict[int, Outcome], keys: Array) -> int:
         """Read the entries that are missing, part by part; returns how many parts are gone."""
         asked = np.array([row for row in range(len(keys)) if row not in hits], np.int64)
         records, low = self._index.find(keys["key"][asked]), keys["low"][asked]
@@ -181,13 +146,3 @@ class VectorCache:
                 self._index.cannot_read(name, error)
                 vanished += parts.is_gone(error)
         return vanished
-
-
-class NoCache(VectorCache):
-    """Finds nothing and keeps nothing: what a benchmark measures with."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(Path(os.devnull), dim)
-
-    def add(self, *entry: Any) -> None:
-        """Forget it."""

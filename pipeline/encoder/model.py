@@ -98,11 +98,6 @@ class Fingerprint:
     decode: str
     apply_exif_orientation: bool
 
-    @property
-    def folder(self) -> str:
-        """A short name for the cache folder, stable across runs and machines."""
-        return _digest(self.as_dict())[:16]
-
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for Parquet metadata."""
         return asdict(self)

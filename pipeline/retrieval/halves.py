@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cache.parts import matrix
 from pipeline.retrieval.photos import NEAR, Array, Photos, Vectors
 from pipeline.stage import parquet
 
@@ -109,7 +108,7 @@ class Halves:
         """Note each photo with the hash of its vector and the number of those that are like it."""
         done = 0
         for rows in _batches(self._shards):
-            vec, size = matrix(rows), _sizes(rows)
+            vec, size = parquet.matrix(rows), _sizes(rows)
             columns = [*(rows[name] for name in SEEN.names[:-2]),
                        _hashes(vec), done + alike(vec, size)]  # fmt: skip
             con.register("rows", pa.table([pa.array(c) if isinstance(c, np.ndarray) else c
@@ -154,7 +153,7 @@ class Halves:
             stock = _found(self._stock, _keys(listing.tolist(), index.tolist()))[1]
         path = np.array(rows["storage_path"].to_pylist(), object)
         start = np.cumsum(size) - size
-        return Photos(listing[start], size, matrix(rows), index, path, stock)
+        return Photos(listing[start], size, parquet.matrix(rows), index, path, stock)
 
     def _sides(self, photos: Photos) -> Array:
         """Of each photo A, B or ALL."""

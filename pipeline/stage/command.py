@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import functools
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from pipeline.stage.errors import PipelineError, storage_errors
 log = logging.getLogger("pipeline")
 
 CLEAR = "\r\x1b[K"  # a terminal's line, from its first column
+NEW_OBJECTS = 50_000  # before the garbage collector looks: importing torch makes millions
 NO_MEMORY = (
     "expected more memory, found none left;"
     " hint: give fewer --cores, or a smaller batch_size or memory_mb"
@@ -35,6 +37,7 @@ def run(main: Callable[[], None], stage: str) -> None:
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
     lifetime.guard()
+    gc.set_threshold(NEW_OBJECTS)
     try:
         with storage_errors():
             main()

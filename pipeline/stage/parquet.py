@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -108,6 +109,12 @@ def listing_vectors(dim: int) -> pa.Schema:
 def dimension(schema: pa.Schema) -> int:
     """The length of the vectors in a schema's `vec` column."""
     return int(schema.field("vec").type.list_size)
+
+
+def matrix(table: pa.Table) -> npt.NDArray[np.float32]:
+    """The vectors of a table's `vec` column, float32 (rows that have one, dim)."""
+    column = table["vec"].combine_chunks()
+    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
 
 
 def made_by(paths: Sequence[Path]) -> dict[str, Any]:

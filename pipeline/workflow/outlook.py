@@ -82,7 +82,7 @@ def _cache(chosen: Settings, model: Model, dim: int) -> VectorCache:
         decode=chosen.decode,
         apply_exif_orientation=chosen.apply_exif_orientation,
     )
-    return VectorCache.of(Path(chosen.cache_dir), made_by, dim)
+    return VectorCache.of(Path(chosen.cache_dir), made_by.as_dict(), dim)
 
 
 def _has_others(cache: VectorCache) -> bool:
