@@ -1,11 +1,13 @@
 """A real Postgres with pgvector, a real encoder (tiny), and folders that Snakemake runs in."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import adbc_driver_postgresql.dbapi as adbc
+import forked
+import psutil
 import pytest
 from adbc_driver_manager.dbapi import Cursor
 from PIL import Image
@@ -30,20 +34,58 @@ T0 = "2026-01-01 12:00:00.000001+00"
 ADD_IMAGE = 'INSERT INTO "iPhone".iphone_image_assets VALUES ($1, $2, $3, $4)'
 ENCODERS: dict[str, Any] = {}  # by their weights, loaded in this process
 WITH_PGVECTOR = "with_pgvector"  # a database to copy: six times as fast as making the extension
+MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
+TIMEOUT_S = 300  # of a run
+
+
+def _is_roomy(folder: Path) -> bool:
+    """Whether a file system in memory takes what all tests leave, and runs programs."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    free = min(found.f_bavail * found.f_frsize, psutil.virtual_memory().available - (4 << 30))
+    return free >= 2 << 30 and not found.f_flag & os.ST_NOEXEC
+
+
+# On a disk the making of a database, of which there are hundreds, may take a quarter of a second.
+if _is_roomy(MEMORY):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 class Database:
-    """One database of the test server; a statement is a transaction."""
+    """One database of the test server; a statement is a transaction.
+
+    All are run on one connection, which takes longer to make than most statements to run, by one
+    thread at a time.
+    """
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
+        self._connection: adbc.Connection | None = None
+        self._lock = threading.RLock()
 
     @contextmanager
     def cursor(self) -> Iterator[Cursor]:
-        """On a connection of its own, which takes longer to make than most statements to run."""
-        with adbc.connect(self.dsn, autocommit=True) as connection, connection.cursor() as cursor:
-            cursor.execute("SET TIME ZONE 'UTC'")
-            yield cursor
+        """A cursor on the connection, which ends with an error: the next one is on another."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = adbc.connect(self.dsn, autocommit=True)
+                with self._connection.cursor() as cursor:
+                    cursor.execute("SET TIME ZONE 'UTC'")
+            try:
+                with self._connection.cursor() as cursor:
+                    yield cursor
+            except adbc.Error:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End the connection: who is connected keeps others from copying the database."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
 
     def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement; returns its rows, if it has any."""
@@ -195,7 +237,7 @@ class Workspace:
         """Run Snakemake to its end."""
         if self.knows_photos:
             self._encode_photos()
-        return self.execute(self.command(*words, config=config), env)
+        return self.python(*self.command(*words, config=config)[1:], env=env)
 
     def _encode_photos(self) -> None:
         """Put the vectors of all photos into the cache.
@@ -218,6 +260,9 @@ class Workspace:
 
     def python(self, *words: str, env: Mapping[str, str] = {}) -> Run:
         """Run `python` with these words in this folder."""
+        everything = {**self.env, **env}
+        if words[0] == "-m" and everything["PYTHONPATH"] == str(REPOSITORY):
+            return Run(*forked.run(words[1:], self.folder, everything, TIMEOUT_S))
         return self.execute([sys.executable, *words], env)
 
     def execute(self, words: list[str], env: Mapping[str, str]) -> Run:
@@ -229,7 +274,7 @@ class Workspace:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=TIMEOUT_S,
         )
         return Run(done.returncode, done.stdout)
 
@@ -257,10 +302,19 @@ def copy_of(original: Database) -> Iterator[Database]:
     """A copy of a database that nobody is connected to, dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     before, template, after = re.split(r"/([^/?]+)(?=\?)", original.dsn)
-    admin = Database(f"{before}/postgres{after}")
+    original.close()
+    admin = administrator(f"{before}/postgres{after}")
     admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    yield Database(f"{before}/{name}{after}")
+    database = Database(f"{before}/{name}{after}")
+    yield database
+    database.close()
     admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@functools.cache
+def administrator(dsn: str) -> Database:
+    """A connection of this process to a server."""
+    return Database(dsn)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import T0, Database, Workspace, waits_for_a_lock
+from conftest import T0, Database, Workspace, administrator, waits_for_a_lock
 from oracle_table import embedder, expected_rows
 from PIL import Image
 
@@ -561,6 +561,8 @@ def test_postgres_restarts_while_loading(
     until(lambda: query_runs(database, "COPY"))
     postgres.stop(server)
     postgres.start(server, durable=False)
+    for cut in (database, administrator(postgres.dsn(server))):
+        cut.close()
     receipt = future.result(60)
 
     assert [receipt[name] for name in COUNTS] == [20_000, 0, 0]
