@@ -260,6 +260,28 @@ def test_vectors_of_a_slice_are_its_own() -> None:
     assert parquet.matrix(table.slice(1, 1)).shape == (0, DIM)
 
 
+def test_keys_are_those_of_earlier_versions() -> None:
+    """What they have cached is found by the same numbers."""
+    by_file, by_content = "c1ac906760b47b70ef6d7eb3", "000102030405060708090a0b"
+
+    assert by_file == parts_module.file_keys([("a.jpg", 10, 1)]).tobytes().hex()
+    assert by_content == parts_module.digest_keys([bytes(range(32))]).tobytes().hex()
+
+
+def test_removed_parts_are_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What they held is a miss, and how many there were is said once."""
+    cache = VectorCache(folder, DIM)
+    for name in ("a1", "a2"):
+        put(cache, name)
+        cache.flush()
+    reader = VectorCache(folder, DIM)
+    for part in parts(folder):
+        part.unlink()
+
+    assert axes(reader, "a1", "a2") == axes(reader, "a1", "a2") == [None, None]
+    assert ["2 cache parts were removed and count as missing"] == caplog.messages
+
+
 def test_refresh_takes_in_the_parts_of_others(folder: Path) -> None:
     """What another process wrote is found after a refresh, not before."""
     reader, other = VectorCache(folder, DIM), VectorCache(folder, DIM)
@@ -1122,7 +1144,8 @@ def test_a_cache_that_takes_no_files_is_one_warning(
                 assert len(caplog.messages) == caches
                 assert axes(cache, "a1") == [None]
 
-    assert all("expected a cache folder that takes files" in m for m in caplog.messages)
+    found = f"expected a cache folder that takes files, found not a directory ({cache.folder});"
+    assert [message.startswith(found) for message in caplog.messages] == [True, True]
     assert all("going on: what is not cached will be encoded" in m for m in caplog.messages)
 
 

@@ -120,7 +120,7 @@ def records_of(path: Path, table: pa.Table) -> Array:
         places.append(start if error is None else IS_ERROR | next(numbers))
         checks.append(crc32(value))
     records = np.zeros(keys.shape, RECORD)
-    records["part"], records["at"] = written_ns(path.name), np.array(places, "<u4")
+    records["part"], records["at"] = written_ns(path.name), places
     records["key"], records["check"] = keys["key"], np.array(checks, "<u4") ^ keys["low"]
     return records
 
