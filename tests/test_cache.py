@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -647,9 +650,41 @@ def test_prune_goes_by_the_file_where_every_entry_was_replaced(folder: Path) -> 
         put(cache, "a1", axis=axis)
         cache.flush()
     prune(folder.parent.parent, root=photo.parent)
+    left = VectorCache(folder, DIM)
+
+    assert len(parts(folder)) == left.entries == 1
+    assert axes(left, "a1") == [3]
+
+
+def test_prune_keeps_both_of_two_files_with_the_same_bytes(folder: Path) -> None:
+    """An entry is replaced by one of its own file, not by one of its content."""
+    cache = VectorCache(folder, DIM)
+    for name in ("a1", "b1"):
+        cache.add(Entry(name, 10, 1, digest("one"), unit(1)))
+        cache.flush()
+    prune(folder.parent.parent)
+
+    assert axes(VectorCache(folder, DIM), "a1", "b1") == [1, 1]
+
+
+def test_prune_ends_where_another_has_removed_a_part_that_it_merged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other parts go, and all is found in the new one."""
+    fill(folder, "a1", "a2", "a3")
+    writer = prune_module.writer
+
+    @contextmanager
+    def slow(*words: Any) -> Iterator[pq.ParquetWriter]:
+        with writer(*words) as file:
+            yield file
+        parts(folder)[0].unlink()
+
+    monkeypatch.setattr(prune_module, "writer", slow)
+    prune(folder.parent.parent)
 
     assert len(parts(folder)) == 1
-    assert axes(VectorCache(folder, DIM), "a1") == [3]
+    assert axes(VectorCache(folder, DIM), "a1", "a2", "a3") == [1, 2, 3]
 
 
 def test_parts_of_like_lengths_are_merged_at_the_end(
