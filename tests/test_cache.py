@@ -672,7 +672,7 @@ def test_prune_ends_where_another_has_removed_a_part_that_it_merged(
 ) -> None:
     """The other parts go, and all is found in the new one."""
     fill(folder, "a1", "a2", "a3")
-    writer = prune_module.writer
+    writer = parquet.writer
 
     @contextmanager
     def slow(*words: Any) -> Iterator[pq.ParquetWriter]:
