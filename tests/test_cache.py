@@ -463,7 +463,7 @@ def test_parts_of_earlier_versions_are_indexed(
     """Parts without an index, with other row groups and pages, are found without a word."""
     monkeypatch.setattr(index_module, "TOGETHER", 2)
     folder.mkdir(parents=True)
-    for part in range(3):
+    for part in range(5):
         names = [f"image{part}{i}" for i in range(10)]
         rows = [Entry(n, 10, 1, digest(n), unit(int(n[-1]))) for n in names]
         rows.insert(4, Entry(f"bad{part}", 10, 1, digest(f"bad{part}"), "broken"))
@@ -472,19 +472,58 @@ def test_parts_of_earlier_versions_are_indexed(
             row_group_size=4, data_page_size=1, write_batch_size=1, use_dictionary=["storage_path"],
             compression={"vec": "none", "error": "zstd", "digest": "zstd"},
         )  # fmt: skip
-    names = [f"image{part}{i}" for part in range(3) for i in range(10)]
-    for made in (2, 2):
+    names = [f"image{part}{i}" for part in range(5) for i in range(10)]
+    for made in (3, 3):
         cache = VectorCache(folder, DIM)
 
         assert axes(cache, *names) == [int(n[-1]) % DIM for n in names]
         assert axes(cache, "bad2", "bad0") == ["broken", "broken"]
-        assert sorted(cache.lookup_digests([digest(n) for n in names])) == list(range(30))
-        assert (cache.entries, len(indexes(folder))) == (33, made)
+        assert sorted(cache.lookup_digests([digest(n) for n in names])) == list(range(50))
+        assert (cache.entries, len(indexes(folder))) == (55, made)
     fill(folder, "new1")
     prune(folder.parent.parent)
     assert len(parts(folder)) == 2
     assert axes(VectorCache(folder, DIM), "image29", "bad1", "new1") == [1, "broken", 1]
     assert caplog.messages == []
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A file of records whose keys are 2^62, 2^62 + 2 and so on, written in uneven portions."""
+    records = np.zeros(1000, RECORD)
+    records["key"] = 2**62 + 2 * np.arange(1000, dtype="<u8")
+    Run.write(tmp_path / "index-1-1-1.bin", np.split(records, [100, 173, 600]), {})
+    return Run(tmp_path / "index-1-1-1.bin")
+
+
+def test_a_range_of_the_index_has_its_ends(run: Run) -> None:
+    """Wherever they lie: at the first key of a page, beside it, before all keys or behind."""
+    keys = run.between(0, 2**64 - 1)["key"].tolist()
+    ends = [0, *(keys[at] + near for at in (0, 127, 128, 640, 999) for near in (-1, 0, 1))]
+
+    assert 1000 == len(keys)
+    for first in ends:
+        for last in (end for end in ends if end >= first):
+            expected = [key for key in keys if first <= key <= last]
+            assert expected == run.between(first, last)["key"].tolist()
+
+
+def test_a_key_of_the_index_is_found_by_its_page(run: Run) -> None:
+    """Each alone, so that no other's page is read; one before all others is not there."""
+    keys = run.between(0, 2**64 - 1)["key"]
+
+    assert all(run.find(keys[at : at + 1])["key"] == keys[at] for at in range(len(keys)))
+    assert [0] == run.find(np.array([1], "<u8"))["key"].tolist()
+
+
+def test_a_file_of_the_index_is_in_memory_or_searched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it shorter than the limit, as long or longer, its entries are found."""
+    fill(folder, "a1")
+    for limit in (1, 2, 3):
+        monkeypatch.setattr(index_module, "IN_MEMORY", limit)
+        assert axes(VectorCache(folder, DIM), "a1") == [1]
 
 
 @pytest.mark.parametrize(("age", "found"), [(50, None), (61, 1)])
