@@ -1061,6 +1061,25 @@ def test_files_that_vanish_are_not_counted(folder: Path) -> None:
     assert prune(folder.parent.parent) == 0
 
 
+def test_a_prune_goes_on_where_another_has_removed_what_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file that has gone when its turn comes keeps the others from nothing."""
+    fill(folder, "a1", "a2")
+    strange = folder / "part-5-1-1.parquet"
+    strange.write_bytes(b"of a later version?")
+
+    def is_lost(error: Exception) -> bool:
+        strange.unlink(missing_ok=True)
+        return True
+
+    monkeypatch.setattr(parts_module, "is_lost", is_lost)
+    prune(folder.parent.parent)
+
+    assert len(parts(folder)) == 1
+    assert axes(VectorCache(folder, DIM), "a1", "a2") == [1, 2]
+
+
 def test_only_a_prune_removes_what_cannot_be_read(folder: Path) -> None:
     """The end of a shard leaves it to people."""
     fill(folder, "a1")
