@@ -879,6 +879,7 @@ def test_a_table_that_is_full_already_needs_no_run(finished: Workspace, tmp_path
 
     assert [] == run.rules
     assert "Nothing is pending" in run.output
+    assert "Nothing to be done" in run.output
     assert not new.results.exists()
 
 
