@@ -8,11 +8,12 @@ names photos of listings that have a vector, by which encode knows a wrong image
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from adbc_driver_manager.dbapi import Connection, Cursor
 
 from pipeline.database import census, waiting
@@ -62,20 +63,21 @@ def export(
             pending = prepare(cursor, environment, chosen, left_out)
             _log_left_out(cursor, pending)
             witnesses = [paths for *_, paths in fetch(cursor, pending.witnesses)]
-        n_listings = _write(
-            connection, pending.listings, listings, parquet.LISTINGS, {"export": params}
-        )
         made_by = {"export": params, "witnesses": witnesses}
-        n_images = _write(connection, pending.candidates, images, parquet.CANDIDATES, made_by)
+        with (
+            parquet.writer(listings, parquet.LISTINGS, {"export": params}) as of_listings,
+            parquet.writer(images, parquet.CANDIDATES, made_by) as of_images,
+        ):
+            counts = _write(_stream(connection, pending.candidates), of_listings, of_images)
     waiting.release(listings, chosen, chosen.identity)
-    return {"listings": n_listings, "images": n_images}
+    return counts
 
 
 def _log_left_out(cursor: Cursor, pending: Pending) -> None:
-    counted = census.take(cursor, pending)
-    left_out = {reason: count for reason, count in counted.left_out.items() if count}
+    rows, by_reason = census.left_out(cursor, pending)
+    left_out = {reason: count for reason, count in by_reason.items() if count}
     named = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    log.info("%d listing rows; left out: %s", counted.listings, named)
+    log.info("%d listing rows; left out: %s", rows, named)
     if left_out.get("bad_date"):
         log.warning("bad_date: edited_date is infinite or outside of the years 1 to 9999; refused")
     if left_out.get("other_generation"):
@@ -83,16 +85,23 @@ def _log_left_out(cursor: Cursor, pending: Pending) -> None:
 
 
 def _write(
-    connection: Connection, sql: str, path: Path, schema: pa.Schema, made_by: dict[str, Any]
-) -> int:
-    rows = 0
-    with parquet.writer(path, schema, made_by) as writer:
-        for batch in _stream(connection, sql):
-            table = pa.Table.from_batches([batch]).cast(schema)
-            if table["listing_id"].null_count:
-                raise DataError("a listing_id in every row", "a null", "listings table")
-            writer.write_table(table)
-            rows += table.num_rows
+    batches: Iterable[pa.RecordBatch], listings: pq.ParquetWriter, images: pq.ParquetWriter
+) -> dict[str, int]:
+    """Write candidates, which every pending listing has, and each listing where its first are."""
+    rows = {"listings": 0, "images": 0}
+    before = parquet.LISTINGS.empty_table()
+    for batch in batches:
+        candidates = pa.Table.from_batches([batch]).cast(parquet.CANDIDATES)
+        if candidates["listing_id"].null_count:
+            raise DataError("a listing_id in every row", "a null", "listings table")
+        images.write_table(candidates)
+        keys = pa.concat_tables([before, candidates.select(parquet.LISTINGS.names)])
+        starts = parquet.listing_starts(keys)
+        starts = starts[starts >= before.num_rows]
+        listings.write_table(keys.take(starts))
+        before = keys.slice(max(0, keys.num_rows - 1))
+        rows["listings"] += len(starts)
+        rows["images"] += candidates.num_rows
     return rows
 
 

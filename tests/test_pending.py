@@ -1,6 +1,7 @@
 """What is pending, which candidates it has, and when its digest changes: on a real Postgres."""
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -547,7 +548,28 @@ def test_each_listing_stands_in_one_place(pending: Source) -> None:
     assert [("eligible", 6), ("unfinished", 4)] == (
         sorted(pending.query("standing", waiting, force=True))
     )
-    assert {(None, 6), ("spam", 1)} == set(pending.query("judged"))
+    assert {(None, 6, 6), ("spam", 1, 1)} == set(pending.query("judged"))
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 100, 200, 8 * 2**20])
+def test_a_listing_that_lies_in_two_batches_is_exported_once(
+    pending: Source, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
+) -> None:
+    """Both files hold the pending listings, each once and in one order, however they arrive."""
+    for listing in (1, 2, 3, 4):
+        pending.database.add_listing(listing, [f"{listing}/{k}.jpg" for k in range(listing)])
+    pending.database.add_listing(3, ["again.jpg"], generation=2, edited_date=LATER)
+    monkeypatch.setattr(export, "BATCH_BYTES", batch_bytes)
+
+    listings, images = pending.export()
+
+    expected = [3, 1, 2, 3, 4]
+    assert expected == [row["listing_id"] for row in listings]
+    assert [key for key, _ in itertools.groupby(row["listing_id"] for row in images)] == expected
+    assert [row[:2] for row in pending.listings()] == (
+        [(row["generation"], row["listing_id"]) for row in listings]
+    )
+    assert 11 == len(images)
 
 
 def test_what_is_due_knows_no_limit(pending: Source) -> None:

@@ -43,11 +43,15 @@ def stand(cursor: Cursor, pending: Pending) -> Standing:
     return Standing(eligible, eligible - unfinished, dict(counted))
 
 
+def left_out(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int]]:
+    """The rows of the listings table, and those of them that are left out, by reason."""
+    counted = {reason: (rows, edits) for reason, rows, edits in fetch(cursor, pending.judged)}
+    eligible, edits = counted.get(None, (0, 0))
+    by_reason = {reason: counted.get(reason, (0, 0))[0] for reason in RULES}
+    by_reason[OTHER_GENERATION] = eligible - edits
+    return sum(rows for rows, _ in counted.values()), by_reason
+
+
 def take(cursor: Cursor, pending: Pending) -> Census:
     """Count all rows."""
-    standing = stand(cursor, pending)
-    counted = dict(fetch(cursor, pending.judged))
-    left_out = {reason: counted.get(reason, 0) for reason in RULES}
-    rows = sum(counted.values())
-    left_out[OTHER_GENERATION] = rows - sum(left_out.values()) - standing.eligible
-    return Census(rows, left_out, standing)
+    return Census(*left_out(cursor, pending), stand(cursor, pending))

@@ -12,8 +12,12 @@ OF_KEY = " AND ".join(
 
 # The same for a join with the whole table. Postgres multiplies how rare each of the three is: of a
 # table that it has not analysed since the first load, or of a new key, it expects a row or none,
-# and compares each with each. Of a CASE it expects half.
-HALF_OF_KEY = f"CASE WHEN {OF_KEY} THEN true END"
+# and compares each with each. Of a CASE it expects half. What was bound is looked up once, not for
+# each row.
+_OF_KEY_ONCE = " AND ".join(
+    f"v.{name} = (SELECT current_setting('listing_vectors.{name}'))" for name in Identity._fields
+)
+HALF_OF_KEY = f"CASE WHEN {_OF_KEY_ONCE} THEN true END"
 
 
 def rest_sql(environment: Environment, replaced: str) -> str:

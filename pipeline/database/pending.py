@@ -50,6 +50,12 @@ JUDGED = f"""
            CASE {_REASONS} END AS left_out
     FROM {{listings}} l"""
 
+_COUNTED = """
+    SELECT left_out, sum(rows)::bigint, count(*) FROM (
+        SELECT left_out, count(*) AS rows
+        FROM ({judged}) j GROUP BY left_out, edited_date, listing_id) edits
+    GROUP BY 1"""
+
 _ELIGIBLE = f"""
     SELECT DISTINCT ON (l.edited_date::timestamptz, l.listing_id)
            l.generation::int AS generation, l.listing_id::bigint AS listing_id,
@@ -227,7 +233,7 @@ class Pending:
     candidates: str  # of `listings`
     sample: str  # candidates of SAMPLE pending listings at most
     digest: str  # a Digest
-    judged: str  # (reason, rows left out), and (None, eligible rows)
+    judged: str  # (reason, rows left out, _), and (None, eligible rows, edits of them)
     standing: str  # ('eligible', n), ('unfinished', n without a vector), (reason, n that wait) ...
     settled: Counter[str]  # those who wait that `standing` leaves out of what is unfinished
     rest: str  # how many rows of the key are of no pending listing
@@ -303,7 +309,7 @@ def prepare(
         sample=f"{pending}, sample AS MATERIALIZED (SELECT * FROM pending"
         f" ORDER BY hashint8(listing_id), edited_date LIMIT {SAMPLE}) {of_sample} {ORDER}",
         digest=f"WITH {waits} {_DIGEST.format(due=due, candidates=of_pending, **names)}",
-        judged=f"SELECT left_out, count(*) FROM ({JUDGED.format(**names)}) j GROUP BY 1",
+        judged=_COUNTED.format(judged=JUDGED.format(**names)),
         standing=f"WITH {waits} {standing} {_WAITING_BY_REASON if skip_waiting else ''}",
         settled=by_reason,
         rest=f"{pending} {rest_sql(environment, 'pending')}",
