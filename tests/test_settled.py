@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import Database
 
-from pipeline.database.census import Standing, stand
+from pipeline.database.census import Standing, take
 from pipeline.database.connection import connect, fetch
 from pipeline.database.pending import prepare
 from pipeline.database.waiting import LEDGER, LeftOut
@@ -53,7 +53,7 @@ def asked(
             cursor, "SELECT current_setting('listing_vectors.unseen_listing_id')::bigint[]"
         )
         listings = [row[1] for row in fetch(cursor, pending.listings)]
-        return listings, told[0][0], stand(cursor, pending)
+        return listings, told[0][0], take(cursor, pending).standing
 
 
 def test_nothing_is_told_of_days_that_are_as_they_were(market: Database) -> None:

@@ -35,23 +35,23 @@ class Census:
     standing: Standing
 
 
-def stand(cursor: Cursor, pending: Pending) -> Standing:
-    """Count what is eligible."""
+def take(cursor: Cursor, pending: Pending) -> Census:
+    """Count all rows."""
+    rows, by_reason, eligible = _judged(cursor, pending)
     counted = pending.settled + Counter(dict(fetch(cursor, pending.standing)))
-    eligible = counted.pop("eligible", 0)
     unfinished = counted.pop("unfinished", 0) + pending.settled.total()
-    return Standing(eligible, eligible - unfinished, dict(counted))
+    return Census(rows, by_reason, Standing(eligible, eligible - unfinished, dict(counted)))
 
 
 def left_out(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int]]:
     """The rows of the listings table, and those of them that are left out, by reason."""
+    rows, by_reason, _ = _judged(cursor, pending)
+    return rows, by_reason
+
+
+def _judged(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int], int]:
     counted = {reason: (rows, edits) for reason, rows, edits in fetch(cursor, pending.judged)}
-    eligible, edits = counted.get(None, (0, 0))
+    rows, edits = counted.get(None, (0, 0))
     by_reason = {reason: counted.get(reason, (0, 0))[0] for reason in RULES}
-    by_reason[OTHER_GENERATION] = eligible - edits
-    return sum(rows for rows, _ in counted.values()), by_reason
-
-
-def take(cursor: Cursor, pending: Pending) -> Census:
-    """Count all rows."""
-    return Census(*left_out(cursor, pending), stand(cursor, pending))
+    by_reason[OTHER_GENERATION] = rows - edits
+    return sum(rows for rows, _ in counted.values()), by_reason, edits

@@ -143,13 +143,9 @@ _DIGEST = f"""
            (SELECT count(*) FROM known WHERE listing AND NOT edit)
     FROM of_images"""
 
-# What is eligible is only counted, by a hash; what is sorted is only what is not done.
 _STANDING = f"""
     unfinished AS MATERIALIZED ({_ELIGIBLE.replace("{not_done}", _NOT_DONE)})
-    SELECT 'eligible', count(*) FROM (
-        SELECT DISTINCT l.edited_date::timestamptz, l.listing_id FROM {{listings}} l
-        WHERE {_IS_ELIGIBLE}) eligible
-    UNION ALL SELECT 'unfinished', count(*) FROM unfinished"""
+    SELECT 'unfinished', count(*) FROM unfinished"""
 
 _WAITING_BY_REASON = f"""
     UNION ALL SELECT * FROM (
@@ -234,7 +230,7 @@ class Pending:
     sample: str  # candidates of SAMPLE pending listings at most
     digest: str  # a Digest
     judged: str  # (reason, rows left out, _), and (None, eligible rows, edits of them)
-    standing: str  # ('eligible', n), ('unfinished', n without a vector), (reason, n that wait) ...
+    standing: str  # ('unfinished', listings without a vector), (reason, listings that wait) ...
     settled: Counter[str]  # those who wait that `standing` leaves out of what is unfinished
     rest: str  # how many rows of the key are of no pending listing
     witnesses: str

@@ -47,8 +47,8 @@ def ahead(outlook: "Outlook") -> str:
 
 def where(cursor: Cursor, pending: Pending) -> str:
     """Where the listings stand under this key: `standing`, or why none is eligible."""
-    found = census.stand(cursor, pending)
-    return standing(found) if found.eligible else nobody(census.take(cursor, pending))
+    found = census.take(cursor, pending)
+    return standing(found.standing) if found.standing.eligible else nobody(found)
 
 
 def standing(found: Standing) -> str:
