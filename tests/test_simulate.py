@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks.simulate import Cost, first_to_end, growth, report
+from benchmarks.simulate import Cost, first_to_end, fitting, growth, needed, report
 
 STEPS = [
     "digest, all pending", "export", "select", "aggregate", "load", "load, unchanged",
@@ -19,22 +19,32 @@ STEPS = [
 
 
 def test_every_step(tmp_path: Path) -> None:
-    """The real stages run; each step leaves its line, its row in the table, and no file."""
+    """The real stages run; each step leaves its lines, its row in the table, and no file."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.simulate", "--millions", "0.0004",
-         "--dim", "8", "--work", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks.simulate", "--millions", "0.0004", "0.0008",
+         "--rounds", "1", "--dim", "8", "--work", str(tmp_path)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert 0 == done.returncode, done.stderr
     written = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     lines = [line for line in written if "benchmark" in line]
 
-    assert [(step, 400) for step in STEPS] == [(line["step"], line["listings"]) for line in lines]
+    assert [(step, listings) for step in STEPS for listings in (400, 800)] == (
+        [(line["step"], line["listings"]) for line in lines]
+    )
     assert all(line["seconds"] > 0 and line["megabytes"] > 30 for line in lines)
-    assert lines[STEPS.index("load")]["wal_bytes"] > 392 * 40  # eight out of 400 are spam
+    assert lines[2 * STEPS.index("load")]["wal_bytes"] > 392 * 40  # eight out of 400 are spam
     assert STEPS == [line.split(" | ")[0][2:] for line in done.stdout.splitlines() if "n^" in line]
     assert "At 100 million listings, by these figures, the first to end:" in done.stdout
     assert ["tiny-8"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_sizes_fit_together() -> None:
+    """As many sizes as have room side by side, the smallest first."""
+    args = argparse.Namespace(images=2, dim=512)
+    room = needed(0.1, 2, 512) + needed(1, 2, 512)
+
+    assert [[0.1], [0.1, 1]] == [fitting(room, args), fitting(room + 1, args)]
 
 
 def cost(listings: int, seconds: float, megabytes: float = 100.0) -> Cost:
