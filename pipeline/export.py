@@ -87,7 +87,7 @@ def _log_left_out(cursor: Cursor, pending: Pending) -> None:
 def _write(
     batches: Iterable[pa.RecordBatch], listings: pq.ParquetWriter, images: pq.ParquetWriter
 ) -> dict[str, int]:
-    """Write candidates, which every pending listing has, and each listing where its first are."""
+    """Write the candidates, and each listing as its first one comes: every listing has one."""
     rows = {"listings": 0, "images": 0}
     before = parquet.LISTINGS.empty_table()
     for batch in batches:

@@ -50,6 +50,7 @@ JUDGED = f"""
            CASE {_REASONS} END AS left_out
     FROM {{listings}} l"""
 
+# The rows of each reason, and how many edits they are.
 _COUNTED = """
     SELECT left_out, sum(rows)::bigint, count(*) FROM (
         SELECT left_out, count(*) AS rows
