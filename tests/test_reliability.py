@@ -308,14 +308,16 @@ def test_a_killed_encode_loses_seconds(workspace: Workspace) -> None:
     until(lambda: cached(workspace))
     time.sleep(1.0)
     kill_tree(process)
-    kept = sum(pq.read_metadata(p).num_rows for p in cached(workspace))
+    *older, newest = [pq.read_metadata(path).num_rows for path in cached(workspace)]
     again = workspace.python(*words)
     stats = json.loads((workspace.results / "encode" / "1-of-1.json").read_text())
+    saved = stats["saved"]["same file"]
 
     assert again.code == 0, again.output
-    assert kept >= 1000
-    assert stats["saved"]["same file"] == kept
-    assert stats["encoded"] == 6000 - kept
+    # Of the newest part, written within these seconds, the index may not have been.
+    assert saved in (sum(older), sum(older) + newest)
+    assert saved >= 1000
+    assert stats["encoded"] == 6000 - saved
     assert temporary_files(workspace) == []
 
 
