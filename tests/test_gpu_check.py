@@ -59,6 +59,7 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
         "toy, scaled, 1 processes"
     ].keys()
     assert 0 < found["decode"]["scaled, 1 processes"]
+    assert {"images_per_second", "copied", "unrecorded"} == found["tower"]["toy 4"].keys()
     assert "was resized" not in done.stderr  # the memory step's photos have the encoder's size
     assert "| what | here | the other way | ratio |" in done.stdout
     assert "| parity: fp32 |" in done.stdout
