@@ -526,18 +526,19 @@ def test_a_file_of_the_index_is_in_memory_or_searched(
         assert axes(VectorCache(folder, DIM), "a1") == [1]
 
 
-@pytest.mark.parametrize(("age", "found"), [(50, None), (61, 1)])
-def test_a_part_gets_its_index_from_its_writer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, age: float, found: int | None
+@pytest.mark.parametrize(("age", "written"), [(0, 0), (50, 0), (61, 1)])
+def test_a_part_of_a_killed_writer_is_found_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, age: float, written: int
 ) -> None:
-    """Others give it one only where the writer has had a minute for it."""
+    """Though it has no index; others write it one only where the writer has had a minute for it."""
     monkeypatch.undo()
-    fill(folder, "a1")
-    indexes(folder)[0].unlink()
-    os.utime(parts(folder)[0], (time.time() - age, time.time() - age))
+    fill(folder, "a1", "b2")
+    indexes(folder)[-1].unlink()
+    os.utime(parts(folder)[-1], (time.time() - age, time.time() - age))
+    cache = VectorCache(folder, DIM)
 
-    assert axes(VectorCache(folder, DIM), "a1") == [found]
-    assert len(indexes(folder)) == (found or 0)
+    assert axes(cache, "a1", "b2") == [1, 2]
+    assert (cache.entries, len(indexes(folder))) == (2, 1 + written)
 
 
 def test_vectors_that_are_compressed_are_no_part(

@@ -28,7 +28,7 @@ FILE = re.compile(r"(part|index)-\d+-\d+-\d+\.(parquet|bin)")
 PAGE = 128  # records
 IN_MEMORY = 65_536  # records of a file that is kept in memory
 AT_ONCE = 262_144  # records that are merged at a time
-LEFT_S = 60.0  # a part that is younger gets its index from its writer
+LEFT_S = 60.0  # a part that is younger gets its file of the index from its writer
 TOGETHER = 64  # parts without an index that get one together
 
 
@@ -130,23 +130,24 @@ class Index:
         self._times = np.array(sorted(self.there), np.int64)
 
     def add(self, names: list[str], age_s: float = -math.inf) -> None:
-        """Index parts that are in no file of the index, those of an age."""
-        sizes, every = {}, []
+        """Index parts; in memory alone if one is younger, which its writer is about to index."""
+        sizes, every, left = {}, [], True
         for name in names:
             try:
-                if (self.folder / name).stat().st_mtime <= time.time() - age_s:
-                    table = parts.read(self.folder / name)
-                    every.append(parts.records_of(self.folder / name, table).ravel())
-                    sizes[name] = [len(table), len(table) - table["error"].null_count]
+                left &= (self.folder / name).stat().st_mtime <= time.time() - age_s
+                table = parts.read(self.folder / name)
+                every.append(parts.records_of(self.folder / name, table).ravel())
+                sizes[name] = [len(table), len(table) - table["error"].null_count]
             except UNREADABLE as error:
                 self.cannot_read(name, error)
         if not sizes:
             return
         run, name = newest(np.concatenate(every)), parts.new_name(form="index-{}.bin")
-        with suppress(OSError):  # who may only read does without the file
-            Run.write(self.folder / name, [run], sizes)
+        if left:
+            with suppress(OSError):  # who may only read does without the file
+                Run.write(self.folder / name, [run], sizes)
         with self._lock:
-            if not self._take(name):
+            if not left or not self._take(name):
                 self._hold(run)
             self.sizes |= sizes
             self._set_there([*self.there.values(), *sizes])
