@@ -74,7 +74,7 @@ def export(
 
 
 def _log_left_out(cursor: Cursor, pending: Pending) -> None:
-    rows, by_reason = census.left_out(cursor, pending)
+    rows, by_reason, _ = census.judged(cursor, pending)
     left_out = {reason: count for reason, count in by_reason.items() if count}
     named = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     log.info("%d listing rows; left out: %s", rows, named)

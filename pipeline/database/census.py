@@ -37,19 +37,14 @@ class Census:
 
 def take(cursor: Cursor, pending: Pending) -> Census:
     """Count all rows."""
-    rows, by_reason, eligible = _judged(cursor, pending)
+    rows, by_reason, eligible = judged(cursor, pending)
     counted = pending.settled + Counter(dict(fetch(cursor, pending.standing)))
     unfinished = counted.pop("unfinished", 0) + pending.settled.total()
     return Census(rows, by_reason, Standing(eligible, eligible - unfinished, dict(counted)))
 
 
-def left_out(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int]]:
-    """The rows of the listings table, and those of them that are left out, by reason."""
-    rows, by_reason, _ = _judged(cursor, pending)
-    return rows, by_reason
-
-
-def _judged(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int], int]:
+def judged(cursor: Cursor, pending: Pending) -> tuple[int, dict[str, int], int]:
+    """The rows of the listings table, those that are left out, by reason, and edits of the rest."""
     counted = {reason: (rows, edits) for reason, rows, edits in fetch(cursor, pending.judged)}
     rows, edits = counted.get(None, (0, 0))
     by_reason = {reason: counted.get(reason, (0, 0))[0] for reason in RULES}
