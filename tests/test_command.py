@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import REPOSITORY, Workspace
-from test_reliability import market, shard
+from test_reliability import market, shard, until
 
 from pipeline.stage import command
 from pipeline.workflow import hooks
@@ -224,6 +226,39 @@ def test_ctrl_c_ends_with_what_to_do(workspace: Workspace) -> None:
     assert "Traceback" not in terminal.shown
     assert log.splitlines()[-1].endswith("encode: stopped by SIGINT")
     assert re.search(r"images: \d+ encoded, \d+ same file", again.output)
+
+
+@pytest.mark.parametrize("ends", ["pass", "raise KeyboardInterrupt", "raise OSError"])
+def test_two_signals_at_once_end_a_stage_as_one(ends: str) -> None:
+    """Ctrl-C comes to a stage from the terminal and from its run; on a busy machine together.
+
+    However what it was at ends then: like the database driver in a query, or a broken file.
+    """
+    program = f"""
+import time
+from pipeline.stage import command
+def main():
+    print("at work", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        {ends}
+command.run(main, "waits")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.send_signal(signum)
+    said = process.communicate(timeout=60)[1]
+
+    assert re.fullmatch(r"\d\d:\d\d:\d\d waits: stopped by SIGINT\n", said), said
+    assert 128 + signal.SIGINT == process.returncode
 
 
 def test_the_last_line_on_the_screen_is_the_error(workspace: Workspace) -> None:

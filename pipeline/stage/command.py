@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -46,14 +47,15 @@ def run(main: Callable[[], None], stage: str) -> None:
     except MemoryError:
         _end(NO_MEMORY)
     except KeyboardInterrupt:  # how the database driver answers SIGINT inside a query
-        sys.exit(130)
+        lifetime.unwinding.append(128 + signal.SIGINT)
+        sys.exit(lifetime.unwinding[0])
     except Exception as error:
         if lifetime.unwinding:  # a block that a signal left halfway fails as it may
             sys.exit(lifetime.unwinding[0])
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()), exc_info=True)
         _leave()
     finally:
-        lifetime.ignore_signals()  # it is leaving: one that comes now would end in a traceback
+        lifetime.leave_undisturbed()  # a signal that comes now would end in a traceback
 
 
 def _end(line: str) -> NoReturn:

@@ -25,7 +25,8 @@ GRACE_S = 5.0  # to unwind after a signal; a call into the database may take lon
 POLL_S = 0.25
 
 _stopped = threading.Event()
-unwinding: list[int] = []  # the exit code, once a signal has come
+unwinding: list[int] = []  # the exit code, once a signal has come; the first one counts
+_said = threading.Event()  # by which signal
 _unfinished: set[Path] = set()
 _runs: list[psutil.Process] = []  # the one that this stage belongs to; none by hand
 
@@ -94,14 +95,17 @@ def check() -> None:
         _leave(1)
 
 
-def ignore_signals() -> None:
-    """Let nothing disturb the cleaning up."""
+def leave_undisturbed() -> None:
+    """Ignore signals from now on; if one has come, it has been said when this returns."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+    if unwinding:
+        _said.wait(GRACE_S)
 
 
 def _unwind(signum: int, frame: FrameType | None) -> None:
-    ignore_signals()  # once is enough
+    if unwinding:  # once is enough; a handler set here would make Python say that it lost another
+        return
     unwinding.append(128 + signum)
     raise SystemExit(128 + signum)
 
@@ -109,8 +113,9 @@ def _unwind(signum: int, frame: FrameType | None) -> None:
 def _watch(arrived: int) -> None:
     while not select.select([arrived], [], [], POLL_S)[0]:
         check()
-    signum = os.read(arrived, 1)[0]
+    signum = min(os.read(arrived, 16))  # after Ctrl-C the run sends a SIGTERM as well
     log.warning("stopped by %s", signal.Signals(signum).name)
+    _said.set()
     time.sleep(GRACE_S)
     _leave(128 + signum)
 
