@@ -56,9 +56,9 @@ lint: setup
 	$(BIN)/mypy
 	PG_DSN=none $(BIN)/snakemake --lint
 
-# The report in a headless Chromium: Debian and root, or a Chromium that is there.
+# The pages in a headless Chromium: Debian and root, or a Chromium that is there.
 test-browser: setup
-	@if why=$$(tests/install-browser); then $(BIN)/python -m pytest -n 0 tests/test_report.py -k browser; \
+	@if why=$$(tests/install-browser); then $(BIN)/python -m pytest -n 0 tests/test_browser.py; \
 	else echo "make test-browser: skipped: $$why"; fi
 
 # The Containerfile, where the linter can be had; a line says so where it cannot.

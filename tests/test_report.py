@@ -1,9 +1,7 @@
-"""The report: one page that is true, bounded, harmless, and works in a browser."""
+"""The report: one page that is true, bounded and harmless."""
 
 import json
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,71 +126,3 @@ def test_thumbnails_keep_nothing_but_pixels(market: Workspace) -> None:
 
         assert ("JPEG", (report.SIDE, report.SIDE)) == (opened.format, opened.size)
         assert {} == dict(opened.getexif())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, and its log."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install it")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium with its chromedriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = selenium.Chrome(options, selenium.ChromeService(driver))
-    yield opened
-    opened.quit()
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_works_in_a_browser(
-    market: Workspace, browser: Any, width: int, scheme: str
-) -> None:
-    """A click through three neighbours; no error, no request, no text beyond the screen's edge."""
-    browser.get_log("performance")
-    for command, words in {
-        "Emulation.setEmulatedMedia": {
-            "features": [{"name": "prefers-color-scheme", "value": scheme}]
-        },
-        "Emulation.setDeviceMetricsOverride": {
-            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500
-        },
-    }.items():  # fmt: skip
-        browser.execute_cdp_cmd(command, words)
-    url = (market.results / "report" / "index.html").as_uri()
-    browser.get(url)
-    seen: list[str] = []
-    browser.find_element("css selector", "#seeds a").click()
-    for _ in range(3):
-        seen.append(heading(browser, seen[-1:]))
-        browser.find_element("css selector", "#listing .row a").click()
-    seen.append(heading(browser, seen[-1:]))
-    browser.find_element("css selector", "#chart svg").send_keys("\ue014")  # arrow right
-    pointed = browser.find_element("id", "pointed").text
-    asked = [
-        json.loads(entry["message"])["message"]["params"]["request"]["url"]
-        for entry in browser.get_log("performance")
-        if "Network.requestWillBeSent" in entry["message"]
-    ]
-
-    assert "Listing vectors of" in browser.title
-    assert 4 == len([name for name in seen if re.fullmatch(r"Listing \d+", name)])
-    assert pointed.startswith("listing ")
-    assert [] == browser.get_log("browser")
-    assert [] == [each for each in asked if not each.startswith((url, "data:"))]
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-def heading(browser: Any, before: list[str]) -> str:
-    """That of the listing which is shown, once it is another than before."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        script = "return document.querySelector('#listing h3')?.textContent"
-        if (found := browser.execute_script(script)) and [found] != before:
-            return str(found)
-        time.sleep(0.05)
-    return ""
