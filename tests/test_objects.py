@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -278,18 +280,29 @@ def test_a_list_tells_what_is_not_there_whatever_its_order(
 ) -> None:  # fmt: skip
     """By bytes a-b/ comes before a/; some servers list folder by folder, some in no order."""
     names = [bucket.put(f"{folder}/{n:03}.jpg", b"x") for folder in ("a", "a-b") for n in range(90)]
-    metas = bucket.photos()._page()
+    metas = {meta["path"]: meta for meta in bucket.photos()._page()}
     monkeypatch.setattr(objects, "PAGE", 100)
 
     def page(photos: PhotoStore, after: str = "") -> Any:
         rest = [name for name in sorted(names, key=order) if start(name) > start(after)]
-        return {name: metas[name] for name in rest[:100]}
+        return [metas[name] for name in rest[:100]]
 
     monkeypatch.setattr(PhotoStore, "_page", page)
     found = list(bucket.photos().stats([*names, "a/gone.jpg", "z.jpg"]))
 
     assert [1] * 180 == [state.size for state in found[:180] if isinstance(state, FileStat)]
     assert ["missing: no such file"] * 2 == [str(error) for error in found[180:]]
+
+
+def test_a_folders_mark_hides_no_photo(bucket: Bucket) -> None:
+    """Consoles make an object 'x/' for a folder x; a list gives it the name of a photo x."""
+    names = [bucket.put(f"{n:05}", b"photo") for n in range(1500)]
+    mark = f"{bucket.server.address}/{bucket.name}/below/00003/"
+    urllib.request.urlopen(urllib.request.Request(mark, b"", method="PUT")).close()
+    photos = bucket.photos()
+    found = list(photos.stats(names))
+
+    assert [photos.stat("00003")] * 1500 == found
 
 
 class Still(Photos):
@@ -498,6 +511,49 @@ def test_a_store_that_is_not_there(
     assert variable in said.partition("hint: ")[2]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [("AWS_ENDPOINT_URL", "localhost:9000", "an address that begins with https:// or http://"),
+     ("AWS_ENDPOINT_URL", "", "an address that begins with https:// or http://"),
+     ("AWS_ACCESS_KEY_ID", f"{SECRET}\r", "a value of one line, found a line break"),
+     ("AWS_SESSION_TOKEN", f"{SECRET}\n", "a value of one line, found a line break")],
+)  # fmt: skip
+def test_a_variable_that_no_request_can_hold_is_named(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: str
+) -> None:
+    """Not what it holds; the library itself would panic."""
+    monkeypatch.setenv(variable, value)
+    said = error_of(bucket.photos)
+
+    assert f"expected {variable}: {found}" in said
+    assert SECRET not in said
+
+
+def test_a_panic_of_the_library_is_one_line(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was; a panic is no exception of Python's."""
+    monkeypatch.setattr(objects, "_ADDRESS", re.compile("none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    photos = bucket.photos()
+
+    for look in (photos.check, lambda: photos.read("a.jpg"), lambda: photos.stat("a.jpg")):
+        assert "found a request that cannot be made (s3://" in error_of(look)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [("https://bucket.s3.eu-central-1.amazonaws.com/below", "IMAGE_ROOT_DIR, AWS_REGION and"),
+     ("https://account.blob.core.windows.net/photos/below", "IMAGE_ROOT_DIR and AZURE_STORAGE"),
+     ("https://example.com/below", "IMAGE_ROOT_DIR")],
+)  # fmt: skip
+def test_a_clouds_web_address_is_the_cloud(url: str, place: str, store: Server) -> None:
+    """What may be wrong with it is called as for s3:// and az://."""
+    said = str(PhotoStore(url, LARGEST)._failure("a.jpg", OSError("status code: 404")))
+
+    assert f"hint: see {place}" in said
+
+
 def test_a_bucket_that_is_not_there_is_no_missing_photo(store: Server) -> None:
     """Else every listing would wait for its photos."""
     photos = PhotoStore("s3://nowhere/below", LARGEST, patient=False)
@@ -601,7 +657,8 @@ def test_the_package_is_asked_for_where_it_is_needed(
 @pytest.mark.parametrize(
     "url",
     ["ftp://host/photos", "s3://", "s3:///photos", "https://me:secret@host/photos",
-     "https://host/photos?sig=secret", "s3://bucket/a#secret", "s3://bucket/\nsecret"],
+     "https://host/photos?sig=secret", "s3://bucket/a#secret", "s3://bucket/\nsecret",
+     "s3://bucket/a//secret", "s3://bucket/secret/../.."],
 )  # fmt: skip
 def test_a_url_that_cannot_be_or_holds_a_secret_is_refused(url: str) -> None:
     """By its form, and without being repeated."""

@@ -6,12 +6,14 @@ error. Of the library's own errors no text is passed on: they quote requests and
 these say of credentials belongs in no log.
 """
 
+import os
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -54,10 +56,10 @@ _TERMS = {
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
         "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
     ),
-    "gs": _Terms(
+    "gcs": _Terms(
         "IMAGE_ROOT_DIR", "GOOGLE_SERVICE_ACCOUNT", "storage.objects.get and storage.objects.list"
     ),
-    "az": _Terms(
+    "azure": _Terms(
         "IMAGE_ROOT_DIR and AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
         "Storage Blob Data Reader",
     ),
@@ -65,6 +67,11 @@ _TERMS = {
 _WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that lets anyone read")
 
 NO_BUCKET = "NoSuchBucket|ContainerNotFound"
+
+_PANIC = "the library panics"
+# Variables of the library that are an address, and those of which it puts something into requests.
+_ADDRESS = re.compile(r"AWS_ENDPOINT(_URL(_S3)?)?|AWS_METADATA_ENDPOINT|AZURE_(STORAGE_)?ENDPOINT")
+_SENT = re.compile(r"(AWS|GOOGLE|AZURE)_")
 
 # What an answer means, by the first of these that its text has: found, hint.
 _FAULTS = (
@@ -84,6 +91,7 @@ _FAULTS = (
     ("InvalidListResponse|Header", "an answer that is no store's", "see {place}"),
     (r"kind: Timeout|TimedOut", "no answer in time", "see {place}; {later}"),
     (r"kind: Connect", "nobody who answers", "see {place}; {later}"),
+    (_PANIC, "a request that cannot be made", "see {place}; {credentials}"),
 )  # fmt: skip
 _LATER = "run it again when the store answers: nothing that was encoded is lost"
 
@@ -104,10 +112,8 @@ class PhotoStore(Photos):
         self.root = url.rstrip("/")
         self.max_bytes = max_bytes
         self.pauses = RETRY_S if patient else ()
-        scheme, _, rest = self.root.partition("://")
-        self._terms = _TERMS.get(scheme.lower(), _WEB)
-        self._prefix = len(rest.partition("/")[2].encode())
-        self._store = _store(self.root, self._terms, _PATIENT if patient else _HASTY)
+        self._prefix = len(self.root.partition("://")[2].partition("/")[2].encode())
+        self._store, self._terms = _store(self.root, _PATIENT if patient else _HASTY)
 
     def check(self) -> tuple[int, int]:
         """StorageError where no photo could be told from one that is missing.
@@ -195,37 +201,42 @@ class PhotoStore(Photos):
         found: dict[str, ObjectMeta | None] = {}
         while len(names) >= REQUESTS:
             try:
-                page = self._page(names[0][:-1])
+                listed = self._page(names[0][:-1])
             except (PhotoError, StorageError):
                 break  # one by one, then
+            page = {each["path"]: each for each in listed}
+            times = Counter(each["path"] for each in listed)  # a folder's mark has its photo's name
             parts = {name: name.split("/") for name in [*page, *names]}
             if list(page) not in (sorted(page), sorted(page, key=parts.__getitem__)):
                 break
-            ended = len(page) < PAGE
+            ended = len(listed) < PAGE
             here = len(names) if ended else bisect_right(names, max(page))
             first, last = parts[names[0]], max((parts[name] for name in page), default=[])
             for name in names[:here]:
-                if name in page or (first <= parts[name] and (ended or parts[name] <= last)):
+                if times[name] < 2 and (
+                    name in page or (first <= parts[name] and (ended or parts[name] <= last))
+                ):
                     found[name] = page.get(name)
             if here < REQUESTS:
                 break
             names = names[here:]
         return found
 
-    def _page(self, after: str = "") -> "dict[str, ObjectMeta]":
+    def _page(self, after: str = "") -> "Sequence[ObjectMeta]":
         """The first objects whose names come after this one; PhotoError: there are strange ones."""
         objects = self._store.list(offset=after or None, chunk_size=PAGE)
-        return {each["path"]: each for each in self._ask("", lambda: next(objects, []))}
+        return self._ask("", lambda: next(objects, []))
 
     def _answers(self) -> None:
         """A web server has no list, and may refuse its folders: any answer is a good one."""
         from obstore.exceptions import BaseError
 
         try:
-            self._store.head("")
+            with _panics():
+                self._store.head("")
         except FileNotFoundError:
             pass
-        except BaseError as error:
+        except (BaseError, OSError) as error:
             if not re.search("status code: 4|MissingContentLength", str(error)):
                 raise self._failure("", error) from None
 
@@ -234,7 +245,8 @@ class PhotoStore(Photos):
         from obstore.exceptions import BaseError, InvalidPathError
 
         try:
-            return question()
+            with _panics():
+                return question()
         except (ValueError, InvalidPathError):
             raise PhotoError("outside", "the storage_path is no name of an object") from None
         except (BaseError, OSError, NotImplementedError) as error:
@@ -273,8 +285,20 @@ def _version(meta: "ObjectMeta") -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def _store(url: str, terms: _Terms, retries: "RetryConfig") -> "ObjectStore":
+@contextmanager
+def _panics() -> Iterator[None]:
+    """What the library holds for impossible, and so no exception of Python's, is an OSError."""
     try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise OSError(_PANIC) from None
+
+
+def _store(url: str, retries: "RetryConfig") -> "tuple[ObjectStore, _Terms]":
+    try:
+        from obstore import parse_scheme
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError:
@@ -282,8 +306,21 @@ def _store(url: str, terms: _Terms, retries: "RetryConfig") -> "ObjectStore":
             "the package obstore, for an IMAGE_ROOT_DIR that is a URL", "none", url,
             "pip install 'obstore>=0.11,<1'",
         ) from None  # fmt: skip
+    for name, value in os.environ.items():
+        if _SENT.match(name) and not value.isprintable():
+            raise SettingsError(
+                f"{name}: a value of one line", "a line break or another control character",
+                "environment", "a file with Windows' line ends leaves one in each value",
+            )  # fmt: skip
+        if _ADDRESS.fullmatch(name) and not re.match(r"https?://[^/]", value):
+            raise SettingsError(
+                f"{name}: an address that begins with https:// or http://", "another value",
+                "environment", "set it, or unset it for the cloud's own",
+            )  # fmt: skip
+    terms = _WEB
     try:
-        return from_url(url, client_options=_CLIENT, retry_config=retries)
+        terms = _TERMS.get(parse_scheme(url), _WEB)  # also of a cloud's https:// address
+        return from_url(url, client_options=_CLIENT, retry_config=retries), terms
     except (BaseError, ValueError) as error:
         kind = re.search(r"source: (\w+)", str(error))
         raise SettingsError(

@@ -297,6 +297,12 @@ def _image_root(value: str) -> Path | str:
             "an '@', '?', '#' or control character in it", "environment",
             "credentials go into variables of the environment, such as AWS_ACCESS_KEY_ID",
         )  # fmt: skip
+    if {"", ".", ".."} & {*rest.rstrip("/").split("/")}:
+        raise SettingsError(
+            "IMAGE_ROOT_DIR: a URL of a bucket and a plain prefix",
+            "an empty part, '.' or '..' between its slashes", "environment",
+            "write the prefix as the names of the objects begin",
+        )  # fmt: skip
     return value
 
 
