@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -297,8 +297,10 @@ def test_a_list_tells_what_is_not_there_whatever_its_order(
 def test_a_folders_mark_hides_no_photo(bucket: Bucket) -> None:
     """Consoles make an object 'x/' for a folder x; a list gives it the name of a photo x."""
     names = [bucket.put(f"{n:05}", b"photo") for n in range(1500)]
-    mark = f"{bucket.server.address}/{bucket.name}/below/00003/"
-    urllib.request.urlopen(urllib.request.Request(mark, b"", method="PUT")).close()
+    client = boto3.client(
+        "s3", endpoint_url=bucket.server.address, aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    client.put_object(Bucket=bucket.name, Key="below/00003/", Body=b"")
     photos = bucket.photos()
     found = list(photos.stats(names))
 
