@@ -17,12 +17,14 @@ from pipeline.stage import lock as locks
 from pipeline.stage import parquet
 from pipeline.workflow import lock as folder_lock
 
-# A run that takes the folder and stays until its input ends: (machine, what its locks are like).
+# A run that takes the folder and stays until its input ends: (machine and container, what its locks
+# are like).
 RUN = """
 import errno, fcntl, sys
 from pipeline.workflow import lock
 name, locks = sys.argv[1:]
-lock.machine = lambda: name
+lock.machine = lambda: name.partition("/")[0]
+lock._container = lambda: name.partition("/")[2]
 lock.RENEW_S = 0.05
 def flock(file, how):
     if locks != "of one machine":
@@ -90,6 +92,35 @@ def test_one_machine_without_locks(tmp_path: Path, locks: str) -> None:
 
     assert "another run is at work" in refused
     assert "in\n" == after_it
+
+
+def test_two_containers_of_a_machine_without_locks(tmp_path: Path) -> None:
+    """A process id of the one says nothing in the other: the claim's age decides, here too."""
+    with run(tmp_path, "a/1", "ENOLCK"):
+        refused = said(tmp_path, "a/2", "ENOLCK")
+    after_it = said(tmp_path, "a/2", "ENOLCK")
+
+    assert refused.startswith(f"error: another run is at work in {tmp_path.name}/ on ")
+    assert "in\n" == after_it
+
+
+@pytest.mark.parametrize("written", [b"", b"\0\0\0", b"\xff", b'{"mach', b"[]", b"1", b'"a"'])
+def test_a_damaged_claim_is_of_nobody_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bytes
+) -> None:
+    """It counts until it is old, or from a future that is as far; then the folder is free."""
+    monkeypatch.chdir(tmp_path)
+    folder_lock.CLAIM.parent.mkdir()
+    counts = []
+    for age in (0.0, folder_lock.LEASE_S + 1, -folder_lock.LEASE_S - 60):
+        folder_lock.CLAIM.write_bytes(written)
+        os.utime(folder_lock.CLAIM, (time.time() - age,) * 2)
+        there = folder_lock._holder()
+        counts += [folder_lock._is_at_work(there, locked) for locked in (True, False)]
+        folder_lock._take_away(there)
+        assert not folder_lock.CLAIM.exists()
+
+    assert [True, True, False, False, False, False] == counts
 
 
 @pytest.mark.parametrize("locks", LOCKS)
@@ -183,12 +214,13 @@ def test_one_process_has_a_claim(tmp_path: Path) -> None:
         assert (mine, other) == (True, False)
         raise KeyError
     assert not claim.exists()
-    claim.touch()
-    os.utime(claim, (time.time() - 61, time.time() - 61))
-    with locks.claimed(claim, 62) as mine:
-        assert not mine
-    with locks.claimed(claim, 60) as mine:
-        assert mine
+    for age in (61, -65):  # of a clock that goes ahead
+        claim.touch()
+        os.utime(claim, (time.time() - age, time.time() - age))
+        with locks.claimed(claim, 70) as mine:
+            assert not mine
+        with locks.claimed(claim, 60) as mine:
+            assert mine
 
     assert not claim.exists()
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -612,6 +613,22 @@ def test_the_stages_of_a_run_are_of_this_checkout(monkeypatch: pytest.MonkeyPatc
         assert [str(REPOSITORY / "profiles/slurm/bin"), str(python), "/modules", "/bin"] == (
             os.environ["PATH"].split(os.pathsep)
         )
+
+
+@pytest.mark.parametrize("spelled", ["{}", "{}/", "{}/../bin", "{}:{}/", "profiles/slurm/bin"])
+def test_a_clusters_sbatch_is_handed_no_secret(tmp_path: Path, spelled: str) -> None:
+    """Ours finds the one behind it, however PATH names its own folder."""
+    ours = REPOSITORY / "profiles/slurm/bin"
+    theirs = tmp_path / "sbatch"
+    theirs.write_text('#!/bin/sh\necho "$PG_DSN|$PGPASSWORD|$*|$PATH"\n')
+    theirs.chmod(0o755)
+    env = {"PATH": f"{spelled.format(ours, ours)}:/bin:{tmp_path}", "PG_DSN": "secret"}
+    said = subprocess.run(
+        ["sbatch", "a b", "c"], cwd=REPOSITORY, env={**env, "PGPASSWORD": "secret"},
+        capture_output=True, text=True, timeout=20, check=True,
+    ).stdout  # fmt: skip
+
+    assert f"none||a b c|/bin:{tmp_path}\n" == said
 
 
 def test_check_sees_a_gpu_that_does_not_compute(

@@ -52,7 +52,7 @@ def claimed(claim: Path, age_s: float) -> Iterator[bool]:
     """
     mine = False
     with suppress(OSError):
-        if time.time() - claim.stat().st_mtime > age_s:
+        if abs(time.time() - claim.stat().st_mtime) > age_s:
             claim.unlink()
     with suppress(OSError), open(claim, "x"):
         mine = True

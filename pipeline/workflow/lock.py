@@ -44,10 +44,18 @@ def lock_folder() -> None:
 def _mine() -> dict[str, Any]:
     return {
         "machine": machine(),
+        "container": _container(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
+
+
+def _container() -> str:
+    """What process ids count in: that of another container on this machine says nothing here."""
+    with suppress(OSError):  # not Linux
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _claim(mine: dict[str, Any], locked: bool) -> None:
@@ -72,14 +80,16 @@ def _leave(mine: dict[str, Any]) -> bool:
 
 
 def _holder(claim: Path = CLAIM) -> dict[str, Any]:
-    """Whose claim there is, and its `age` in seconds; no names while it is being written."""
+    """Whose claim there is, and its `age` in seconds; no names if it is damaged or half written."""
     try:
         with open(claim) as file:  # opened, since then its age is asked of the server
-            age = _now() - os.fstat(file.fileno()).st_mtime
-            written = file.read()
+            age = abs(_now() - os.fstat(file.fileno()).st_mtime)  # it may be of another clock
+            names = dict(json.load(file))
     except FileNotFoundError:
         return {"age": LEASE_S}
-    return {"age": age, **(json.loads(written) if written else {})}
+    except (ValueError, TypeError):
+        names = {}
+    return {"age": age, **names}
 
 
 def _now() -> float:
@@ -94,10 +104,10 @@ def _now() -> float:
 
 def _is_at_work(there: dict[str, Any], locked: bool) -> bool:
     """Whether the run that left this claim can be at work still. The lock, held, knows best."""
-    if there.get("machine") != machine():
-        return bool(there["age"] < LEASE_S)
-    if locked:
+    if there.get("machine") == machine() and locked:
         return False
+    if (there.get("machine"), there.get("container")) != (machine(), _container()):
+        return bool(there["age"] < LEASE_S)
     try:
         return bool(psutil.Process(there["pid"]).create_time() == there["started"])
     except psutil.Error:
@@ -134,7 +144,7 @@ def _renew(mine: dict[str, Any], claim: Path) -> None:
 
 def _release(mine: dict[str, Any]) -> None:
     """At the end of the process that left the claim, and of none that it has forked."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError):
         if os.getpid() == mine["pid"] and _is(_holder(), mine):
             CLAIM.unlink()
 
