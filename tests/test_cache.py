@@ -401,6 +401,31 @@ def test_a_damaged_part_is_a_miss(
     assert len(warnings) == (0 if damage == "removed" else 2)
 
 
+def test_a_flipped_bit_is_a_miss_at_most(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever in a part: opened, merged and shown, what is found is right, and nothing fails."""
+    monkeypatch.setattr(prune_module, "FAN", 2)
+    fill(folder, "a1", "a2")
+    part = parts(folder)[0]
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    caplog.set_level("CRITICAL")
+    for bit in range(0, len(files[part]) * 8, 41):
+        for with_index in (True, False):
+            for path in folder.iterdir():
+                path.unlink()
+            for path, data in files.items():
+                if with_index or path.suffix == ".parquet":
+                    path.write_bytes(data)
+            flipped = bytearray(files[part])
+            flipped[bit // 8] ^= 1 << bit % 8
+            part.write_bytes(flipped)
+            list(stats(folder.parent.parent))
+            merge(folder)
+
+            assert axes(VectorCache(folder, DIM), "a1", "a2")[0] in (None, 1), bit
+
+
 def _damage(part: Path, how: str) -> None:
     data = part.read_bytes()
     if how == "removed":

@@ -45,10 +45,9 @@ def stats(cache_dir: Path) -> Iterator[FolderStats]:
     for folder in _folders(cache_dir):
         index = Index(folder)
         names = list(index.there.values())
-        made_by = _made_by(folder / names[0]) if names else {}
+        made_by = next(filter(None, (_made_by(folder / name) for name in names)), {})
         broken = sum(index.sizes[name][1] for name in names)
-        size = _bytes(folder)
-        yield FolderStats(folder.name, made_by, index.entries, broken, len(names), size)
+        yield FolderStats(folder.name, made_by, index.entries, broken, len(names), _bytes(folder))
 
 
 def prune(
@@ -153,7 +152,7 @@ def _is_there(root: Path, storage_path: str, size: int, mtime_ns: int) -> bool:
 
 
 def _made_by(path: Path) -> dict[str, Any]:
-    with suppress(DataError):
+    with suppress(DataError, *parts.UNREADABLE):
         return metadata(path)
     return {}
 

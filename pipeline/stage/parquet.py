@@ -112,8 +112,13 @@ def dimension(schema: pa.Schema) -> int:
 
 
 def matrix(table: pa.Table) -> npt.NDArray[np.float32]:
-    """The vectors of a table's `vec` column, float32 (rows that have one, dim)."""
+    """The vectors of a table's `vec` column, float32 (rows that have one, dim).
+
+    ValueError: it is no column of vectors.
+    """
     column = table["vec"].combine_chunks()
+    if not pa.types.is_fixed_size_list(column.type):
+        raise ValueError("vec is no list of one size")
     return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
 
 
