@@ -45,7 +45,9 @@ SIZES = (0.1, 1, 2, 4, 8, 16, 32)  # millions of listings
 MADE_UP = 4096  # vectors, drawn once and dealt out again and again
 WATCH_S = 0.5
 LOOKUPS = 16_384  # photos that are looked up in the cache at a time
-ONCE = {"(encode)", "(room)", "(room again)", "cache: add"}  # steps that leave no way back
+ADD = "cache: add, a photo each"
+ONCE = {"(encode)", "(room)", "(room again)", ADD}  # steps that leave no way back
+STANDING = ("export", "select", "(encode)", "aggregate", "load")  # on the disk in the end, at once
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,9 @@ def simulate(sizes: Sequence[Size], args: argparse.Namespace) -> Iterator[Cost]:
                  for _ in rounds]  # fmt: skip
         for of_size in zip(*taken, strict=True):
             cost = min(of_size, key=lambda each: each.seconds)
-            if not step.startswith("("):
+            if of_the_job([cost]):
                 measure.emit("simulate", **asdict(cost), images=args.images, dim=args.dim)
-                yield cost
+            yield cost
 
 
 def watched(step: str, size: Size, run: "Work") -> Cost:
@@ -263,7 +265,7 @@ def steps(size: Size, threads: int) -> dict[str, Work]:
         "digest, nothing pending": alone(digest, size),
         "status": command("-m", "pipeline", "status", "--json", "--config", *config),
         "(room again)": alone(shutil.rmtree, size.path("")),
-        "cache: add": alone(fill_cache, size),
+        ADD: alone(fill_cache, size),
         "cache: open": alone(open_cache, size),
         "cache: open, 16,384 neighbours": alone(look_up, size, False),
         "cache: open, 16,384 at random": alone(look_up, size, True),
@@ -384,7 +386,7 @@ def report(costs: Sequence[Cost], args: argparse.Namespace) -> Iterator[str]:
     ]  # fmt: skip
     yield f"| {' | '.join(head)} |"
     yield f"|---|{'---:|' * (len(head) - 1)}"
-    for step, of_step in by_step(costs).items():
+    for step, of_step in by_step(of_the_job(costs)).items():
         last = of_step[-1]
         figures = [
             *(
@@ -407,6 +409,11 @@ def report(costs: Sequence[Cost], args: argparse.Namespace) -> Iterator[str]:
 
 def micros(cost: Cost, seconds: float) -> str:
     return f"{1e6 * seconds / cost.listings:.3g}"
+
+
+def of_the_job(costs: Sequence[Cost]) -> list[Cost]:
+    """Without what stands for a step of the job, or makes room for one."""
+    return [cost for cost in costs if not cost.step.startswith("(")]
 
 
 def by_step(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
@@ -441,10 +448,12 @@ AT_HAND = {
 def first_to_end(costs: Sequence[Cost], listings: int, images: int) -> Iterator[str]:
     """What takes the most of what is at hand, of each kind, the tightest first."""
     tightest: dict[str, tuple[float, float, str]] = {}
-    for step, of_step in by_step(costs).items():
+    for step, of_step in by_step(of_the_job(costs)).items():
         for kind, amount in expected(of_step, listings).items():
             share = amount / AT_HAND[kind][0]
             tightest[kind] = max(tightest.get(kind, (0.0, 0.0, "")), (share, amount, step))
+    amount = standing(costs, images) * listings / 1e9
+    tightest["GB of disk"] = amount / AT_HAND["GB of disk"][0], amount, "all files, at the load"
     for kind, (share, amount, step) in sorted(tightest.items(), key=lambda one: -one[1][0]):
         at_hand, remedy = AT_HAND[kind]
         line = f"{step}: {amount:.3g} {kind}, {share:.0%} of {at_hand:g}"
@@ -454,6 +463,14 @@ def first_to_end(costs: Sequence[Cost], listings: int, images: int) -> Iterator[
         f"shards: {shards_of(photos)} of {MOST_SHARDS} at most,"
         f" {photos // shards_of(photos)} photos each"
     )
+
+
+def standing(costs: Sequence[Cost], images: int) -> float:
+    """The bytes a listing of all that is on the disk while a load runs, the cache too."""
+    last = {step: of_step[-1] for step, of_step in by_step(costs).items()}
+    times = dict.fromkeys(STANDING, 1) | {ADD: images}
+    there = times.keys() & last.keys()
+    return sum(times[step] * last[step].disk_bytes / last[step].listings for step in there)
 
 
 def expected(of_step: Sequence[Cost], listings: int) -> dict[str, float]:
@@ -469,7 +486,6 @@ def expected(of_step: Sequence[Cost], listings: int) -> dict[str, float]:
     return {
         "hours": last.seconds * times ** max(1.0, growth(of_step)) / 3600,
         "GB of memory": (last.megabytes + grown * (listings - last.listings)) / 1024,
-        "GB of disk": last.disk_bytes * times / 1e9,
         "GB of WAL": last.wal_bytes * times / 1e9,
     }
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.simulate import Cost, first_to_end, fitting, growth, needed, rep
 
 STEPS = [
     "digest, all pending", "export", "select", "aggregate", "load", "load, unchanged",
-    "digest, nothing pending", "status", "cache: add", "cache: open",
+    "digest, nothing pending", "status", "cache: add, a photo each", "cache: open",
     "cache: open, 16,384 neighbours", "cache: open, 16,384 at random",
 ]  # fmt: skip
 
@@ -46,13 +47,13 @@ def test_sizes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.append((step, size.listings))
         return cost(size.listings, seconds=float(len(taken)))
 
-    monkeypatch.setattr(simulate, "steps", lambda *_: dict.fromkeys(["load", "cache: add"]))
+    monkeypatch.setattr(simulate, "steps", lambda *_: dict.fromkeys(["load", simulate.ADD]))
     monkeypatch.setattr(simulate, "watched", watched)
     sizes = [argparse.Namespace(listings=1), argparse.Namespace(listings=2)]
     args = argparse.Namespace(rounds=2, threads=2, images=4, dim=8)
     costs = list(simulate.simulate(sizes, args))  # type: ignore[arg-type]
 
-    assert [*[("load", 1), ("load", 2)] * 2, ("cache: add", 1), ("cache: add", 2)] == taken
+    assert [*[("load", 1), ("load", 2)] * 2, (simulate.ADD, 1), (simulate.ADD, 2)] == taken
     assert [(1, 1.0), (2, 2.0), (1, 5.0), (2, 6.0)] == [(c.listings, c.seconds) for c in costs]
 
 
@@ -82,12 +83,22 @@ def test_what_grows_is_told() -> None:
 
     assert 2.0 == pytest.approx(growth(square))
     assert ended[0] == ("load: 2.78 hours, 35% of 8")
-    assert "load: 30 GB of disk, 3% of 1000" in ended
+    assert "all files, at the load: 30 GB of disk, 3% of 1000" in ended
     assert "shards: 4000 of 10000 at most, 10000 photos each" == ended[-1]
     beyond = list(first_to_end(square, 10**8, 4))
 
     assert beyond[0].startswith("load: 278 hours, 3472% of 8; set limit_listings: as many as")
     assert "shards: 10000 of 10000 at most, 40000 photos each" == beyond[-1]
+
+
+def test_the_disk_holds_all_files_at_once() -> None:
+    """Encode's and the cache's too, of which there is one a photo; not what has gone again."""
+    steps = ["export", "(encode)", "load", simulate.ADD, "(room)", "status"]
+    costs = [replace(cost(10**6, 1.0), step=step) for step in steps]
+    ended = list(first_to_end(costs, 10**8, 4))
+
+    assert 3000 * (3 + 4) == simulate.standing(costs, 4)
+    assert any(line.startswith("all files, at the load: 2.1e+03 GB of disk") for line in ended)
 
 
 def test_one_size_is_taken_to_grow_as_the_work() -> None:
