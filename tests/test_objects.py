@@ -632,7 +632,7 @@ def test_google_and_azure_are_asked_for_the_same_names(
         address = f"http://127.0.0.1:{server.server_port}"
         account = {"gcs_base_url": address, "disable_oauth": True, "client_email": "",
                    "private_key": "", "private_key_id": ""}  # fmt: skip
-        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account, indent=1))
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
         monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", address)
         monkeypatch.setenv("AZURE_SKIP_SIGNATURE", "true")

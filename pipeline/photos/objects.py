@@ -48,6 +48,7 @@ class _Terms(NamedTuple):
     place: str
     credentials: str
     rights: str
+    variables: str | None = None  # how those begin that are put into requests as they are
 
 
 _TERMS = {
@@ -55,13 +56,14 @@ _TERMS = {
         "IMAGE_ROOT_DIR, AWS_REGION and AWS_ENDPOINT_URL",
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
         "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
+        "AWS_",
     ),
     "gcs": _Terms(
         "IMAGE_ROOT_DIR", "GOOGLE_SERVICE_ACCOUNT", "storage.objects.get and storage.objects.list"
     ),
     "azure": _Terms(
         "IMAGE_ROOT_DIR and AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
-        "Storage Blob Data Reader",
+        "Storage Blob Data Reader", "AZURE_STORAGE_",
     ),
 }  # fmt: skip
 _WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that lets anyone read")
@@ -69,9 +71,7 @@ _WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that le
 NO_BUCKET = "NoSuchBucket|ContainerNotFound"
 
 _PANIC = "the library panics"
-# Variables of the library that are an address, and those of which it puts something into requests.
-_ADDRESS = re.compile(r"AWS_ENDPOINT(_URL(_S3)?)?|AWS_METADATA_ENDPOINT|AZURE_(STORAGE_)?ENDPOINT")
-_SENT = re.compile(r"(AWS|GOOGLE|AZURE)_")
+_ADDRESS = re.compile(r"AWS_ENDPOINT(_URL(_S3)?)?|AWS_METADATA_ENDPOINT|AZURE_STORAGE_ENDPOINT")
 
 # What an answer means, by the first of these that its text has: found, hint.
 _FAULTS = (
@@ -306,8 +306,26 @@ def _store(url: str, retries: "RetryConfig") -> "tuple[ObjectStore, _Terms]":
             "the package obstore, for an IMAGE_ROOT_DIR that is a URL", "none", url,
             "pip install 'obstore>=0.11,<1'",
         ) from None  # fmt: skip
+    terms = _WEB
+    try:
+        terms = _TERMS.get(parse_scheme(url), _WEB)  # also of a cloud's https:// address
+        _check_variables(terms)
+        return from_url(url, client_options=_CLIENT, retry_config=retries), terms
+    except (BaseError, ValueError) as error:
+        kind = re.search(r"source: (\w+)", str(error))
+        raise SettingsError(
+            "a URL and variables that lead to a store",
+            kind[1] if kind else type(error).__name__, url,
+            f"see {terms.place}; {terms.credentials}",
+        ) from None  # fmt: skip
+
+
+def _check_variables(terms: _Terms) -> None:
+    """SettingsError where one can be in no request: the library would panic."""
     for name, value in os.environ.items():
-        if _SENT.match(name) and not value.isprintable():
+        if terms.variables is None or not name.startswith(terms.variables):
+            continue
+        if not value.isprintable():
             raise SettingsError(
                 f"{name}: a value of one line", "a line break or another control character",
                 "environment", "a file with Windows' line ends leaves one in each value",
@@ -317,14 +335,3 @@ def _store(url: str, retries: "RetryConfig") -> "tuple[ObjectStore, _Terms]":
                 f"{name}: an address that begins with https:// or http://", "another value",
                 "environment", "set it, or unset it for the cloud's own",
             )  # fmt: skip
-    terms = _WEB
-    try:
-        terms = _TERMS.get(parse_scheme(url), _WEB)  # also of a cloud's https:// address
-        return from_url(url, client_options=_CLIENT, retry_config=retries), terms
-    except (BaseError, ValueError) as error:
-        kind = re.search(r"source: (\w+)", str(error))
-        raise SettingsError(
-            "a URL and variables that lead to a store",
-            kind[1] if kind else type(error).__name__, url,
-            f"see {terms.place}; {terms.credentials}",
-        ) from None  # fmt: skip
