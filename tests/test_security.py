@@ -492,8 +492,9 @@ def nights(guarded: Guarded, encoder: Path, tmp_path_factory: pytest.TempPathFac
     owner.execute(f'GRANT SELECT ON "iPhone".broken TO {ROLE}')
     result.run("SQL error", workspace.command(), guarded.url(), LISTINGS_TABLE="broken")
     result.run("wrong password", workspace.command(), guarded.url(password=PASSWORD + "x"))
-    for name, dsn in failing(guarded).items():
-        result.run(name, [sys.executable, "-m", "pipeline", "check"], dsn)
+    with watched_processes(result.processes):
+        for name, dsn in failing(guarded).items():
+            result.runs[name] = workspace.python("-m", "pipeline", "check", env={"PG_DSN": dsn})
     return result
 
 
