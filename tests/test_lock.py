@@ -1,6 +1,7 @@
 """One run at a time in a folder, and no writer's file taken away, on any file system."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -95,13 +96,16 @@ def test_one_machine_without_locks(tmp_path: Path, locks: str) -> None:
 
 
 def test_two_containers_of_a_machine_without_locks(tmp_path: Path) -> None:
-    """A process id of the one says nothing in the other: the claim's age decides, here too."""
-    with run(tmp_path, "a/1", "ENOLCK"):
-        refused = said(tmp_path, "a/2", "ENOLCK")
-    after_it = said(tmp_path, "a/2", "ENOLCK")
+    """A process id of the one says nothing in the other: there the claim's age decides."""
+    claim = tmp_path / folder_lock.CLAIM
+    claim.parent.mkdir()
+    written = {"machine": "a", "container": "1", "host": "pod", "pid": 2**22 + 1, "started": 0.0}
+    claim.write_text(json.dumps(written))
+    refused = said(tmp_path, "a/2", "ENOLCK")
+    same = said(tmp_path, "a/1", "ENOLCK")
 
-    assert refused.startswith(f"error: another run is at work in {tmp_path.name}/ on ")
-    assert "in\n" == after_it
+    assert refused.startswith(f"error: another run is at work in {tmp_path.name}/ on pod;")
+    assert "in\n" == same
 
 
 @pytest.mark.parametrize("written", [b"", b"\0\0\0", b"\xff", b'{"mach', b"[]", b"1", b'"a"'])
