@@ -622,13 +622,13 @@ def test_a_clusters_sbatch_is_handed_no_secret(tmp_path: Path, spelled: str) -> 
     theirs = tmp_path / "sbatch"
     theirs.write_text('#!/bin/sh\necho "$PG_DSN|$PGPASSWORD|$*|$PATH"\n')
     theirs.chmod(0o755)
-    env = {"PATH": f"{spelled.format(ours, ours)}:/bin:{tmp_path}", "PG_DSN": "secret"}
+    env = {"PATH": f"{spelled.format(ours, ours)}:{tmp_path}:/bin", "PG_DSN": "secret"}
     said = subprocess.run(
         ["sbatch", "a b", "c"], cwd=REPOSITORY, env={**env, "PGPASSWORD": "secret"},
         capture_output=True, text=True, timeout=20, check=True,
     ).stdout  # fmt: skip
 
-    assert f"none||a b c|/bin:{tmp_path}\n" == said
+    assert f"none||a b c|{tmp_path}:/bin\n" == said
 
 
 def test_check_sees_a_gpu_that_does_not_compute(
