@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import adbc_driver_postgresql.dbapi as adbc
 import forked
+import numpy as np
 import psutil
 import pytest
 from adbc_driver_manager.dbapi import Cursor
@@ -96,7 +97,7 @@ class Database:
     def add_listing(
         self,
         listing_id: int,
-        paths: list[str | None] = [],  # noqa: B006  never changed
+        paths: Sequence[str | None] = (),
         *,
         generation: int = 1,
         edited_date: str | None = T0,
@@ -218,6 +219,14 @@ class Workspace:
         image = Image.new("RGB", size, colour)
         image.paste("white", (0, 0, size[0] // 3, size[1] // 3))
         image.save(path, quality=90)
+        return name
+
+    def noise(self, name: str, draw: np.random.Generator) -> str:
+        """Write a photo that is like no other; returns its path."""
+        path = self.photos / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = draw.integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(noise).resize((64, 64), Image.Resampling.NEAREST).save(path, "PNG")
         return name
 
     def command(self, *words: str, config: Mapping[str, Any] | None = None) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import create_tables, new_database, new_workspace
-from PIL import Image
 
 TITLES = {"report": "Listing vectors of ", "evaluate": "Evaluation of ", "search": "Nearest to "}
 LONG = "a" * 180 + ".jpg"
@@ -47,12 +46,8 @@ def pages(
         work.knows_photos = True
         draw = np.random.default_rng(5)
         for listing in range(1, 13):
-            names: list[str | None] = [f"{listing}-{index}.jpg" for index in range(3)]
-            if listing == 2:
-                names[1:] = LONG, HOSTILE
-            for name in map(str, names):
-                noise = draw.integers(0, 256, (12, 12, 3), np.uint8)
-                Image.fromarray(noise).resize((64, 64), 0).save(work.photos / name, "PNG")
+            others = (LONG, HOSTILE) if listing == 2 else (f"{listing}/1.jpg", f"{listing}/2.jpg")
+            names = [work.noise(name, draw) for name in (f"{listing}/0.jpg", *others)]
             database.add_listing(listing, [*names, f"lost-{listing}.jpg"])
         work.run("report")
         work.run("evaluate")

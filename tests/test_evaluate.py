@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import Run, Workspace, create_tables, new_database, new_workspace
 from halves_script import evaluate as by_script
-from PIL import Image
 
 from demo.encoder import efficientnet_encoder, random_encoder
 from pipeline import evaluate as stage
@@ -371,13 +370,10 @@ def market(
         work.knows_photos = True
         draw = np.random.default_rng(5)
         for listing in range(1, 13):
-            names: list[str | None] = [f"{listing}/{index}.jpg" for index in range(3)]
+            names = [f"{listing}/{index}.jpg" for index in range(3)]
             if listing == 2:
                 names[1] = f"2/{HOSTILE.replace('/', '_')}"
-            for name in map(str, names):
-                (work.photos / name).parent.mkdir(exist_ok=True)
-                noise = draw.integers(0, 256, (12, 12, 3), np.uint8)
-                Image.fromarray(noise).resize((64, 64), 0).save(work.photos / name, "PNG")
+            names = [work.noise(name, draw) for name in names]
             database.add_listing(listing, names)
         work.run()
         first = work.run("evaluate")

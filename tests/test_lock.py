@@ -18,8 +18,7 @@ from pipeline.stage import lock as locks
 from pipeline.stage import parquet
 from pipeline.workflow import lock as folder_lock
 
-# A run that takes the folder and stays until its input ends: (machine and container, what its locks
-# are like).
+# A run that takes the folder and stays until its input ends: ("machine/container", its locks).
 RUN = """
 import errno, fcntl, sys
 from pipeline.workflow import lock

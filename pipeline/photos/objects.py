@@ -48,7 +48,7 @@ class _Terms(NamedTuple):
     place: str
     credentials: str
     rights: str
-    variables: str | None = None  # how those begin that are put into requests as they are
+    variables: tuple[str, ...] = ()  # how those begin that are put into requests as they are
 
 
 _TERMS = {
@@ -56,14 +56,14 @@ _TERMS = {
         "IMAGE_ROOT_DIR, AWS_REGION and AWS_ENDPOINT_URL",
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they are temporary, AWS_SESSION_TOKEN",
         "s3:GetObject and s3:ListBucket (without that, what is missing is refused, too)",
-        "AWS_",
+        ("AWS_",),
     ),
     "gcs": _Terms(
         "IMAGE_ROOT_DIR", "GOOGLE_SERVICE_ACCOUNT", "storage.objects.get and storage.objects.list"
     ),
     "azure": _Terms(
         "IMAGE_ROOT_DIR and AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY",
-        "Storage Blob Data Reader", "AZURE_STORAGE_",
+        "Storage Blob Data Reader", ("AZURE_STORAGE_",),
     ),
 }  # fmt: skip
 _WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that lets anyone read")
@@ -71,6 +71,8 @@ _WEB = _Terms("IMAGE_ROOT_DIR", "a server that asks for none", "a server that le
 NO_BUCKET = "NoSuchBucket|ContainerNotFound"
 
 _PANIC = "the library panics"
+
+# Variables that are an address.
 _ADDRESS = re.compile(r"AWS_ENDPOINT(_URL(_S3)?)?|AWS_METADATA_ENDPOINT|AZURE_STORAGE_ENDPOINT")
 
 # What an answer means, by the first of these that its text has: found, hint.
@@ -323,7 +325,7 @@ def _store(url: str, retries: "RetryConfig") -> "tuple[ObjectStore, _Terms]":
 def _check_variables(terms: _Terms) -> None:
     """SettingsError where one can be in no request: the library would panic."""
     for name, value in os.environ.items():
-        if terms.variables is None or not name.startswith(terms.variables):
+        if not name.startswith(terms.variables):
             continue
         if not value.isprintable():
             raise SettingsError(

@@ -104,9 +104,10 @@ def _now() -> float:
 
 def _is_at_work(there: dict[str, Any], locked: bool) -> bool:
     """Whether the run that left this claim can be at work still. The lock, held, knows best."""
-    if there.get("machine") == machine() and locked:
+    is_of_here = there.get("machine") == machine()
+    if is_of_here and locked:
         return False
-    if (there.get("machine"), there.get("container")) != (machine(), _container()):
+    if not is_of_here or there.get("container") != _container():
         return bool(there["age"] < LEASE_S)
     try:
         return bool(psutil.Process(there["pid"]).create_time() == there["started"])
