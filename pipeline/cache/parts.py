@@ -136,7 +136,7 @@ def values(path: Path, records: Array, low: Array, dim: int) -> list[Outcome]:
     with open(path, "rb", buffering=0) as file:
         for at, check in zip(records["at"].tolist(), checks.tolist(), strict=True):
             error = errors[at ^ IS_ERROR].as_py() if at & IS_ERROR else None
-            raw = os.pread(file.fileno(), dim * 4, at) if error is None else error.encode()
+            raw = os.pread(file.fileno(), dim * 4, at) if error is None else str(error).encode()
             if crc32(raw) != check:
                 raise ValueError("not the bytes that were written")
             found.append(np.frombuffer(raw, np.float32) if error is None else error)
