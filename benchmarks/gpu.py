@@ -43,7 +43,7 @@ from pipeline.encode import GPU_DECODED, EncodeJob, Line, Photo, encode
 from pipeline.encoder.claim import wait_asleep
 from pipeline.encoder.model import find_model, full_preprocess
 from pipeline.encoder.processor import cpu_name
-from pipeline.encoder.tower import Encoder, device_errors, load_encoder
+from pipeline.encoder.tower import Encoder, _Lane, device_errors, load_encoder
 from pipeline.photos import gpu
 from pipeline.photos.pixels import Decode, Transform, load_pixels
 from pipeline.stage import parquet
@@ -61,6 +61,7 @@ TOWERS = {
     "ViT-L-14": (96, 256),
     "ViT-B-16-SigLIP": (96, 256),
 }
+COMPILED = ["ViT-B-32", "ViT-B-16-SigLIP"]
 TOY = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64,
        "head_width": 32, "layers": 2}, "text_cfg": {"context_length": 8, "vocab_size": 64,
        "width": 32, "heads": 2, "layers": 1}}  # fmt: skip
@@ -318,7 +319,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 def tower(check: Check) -> Figures:
     """Images a second of towers alone: pixels from the CPU to vectors there, by two threads.
 
-    Beside them the two parts alone: pixels to the card, and there the pass, not recorded.
+    Beside them the parts alone: pixels to the card, and there the pass, recorded and not.
     """
     found: Figures = {}
     for name, sizes in {"toy": (4,)}.items() if check.args.toy else TOWERS.items():
@@ -332,7 +333,8 @@ def tower(check: Check) -> Figures:
             copied = check.rate(lambda here=pinned, there=there: len(there.copy_(here)))  # type: ignore[misc]
             eager = check.rate(lambda one=one, on=there: len(one._forward(on)))  # type: ignore[misc]
             found[f"{name} {rows}"] = {
-                "images_per_second": rate, "copied": copied, "unrecorded": eager
+                "images_per_second": rate, "copied": copied,
+                "unrecorded": eager, "recorded": check.rate(_recorded(one)),
             }  # fmt: skip
         _towers.pop((name, check.half))
     if check.on_gpu:
@@ -340,10 +342,66 @@ def tower(check: Check) -> Figures:
     return found
 
 
+def _recorded(one: Encoder) -> Callable[[], int]:
+    """One pass over a batch that is on the device, as the encoder does it there."""
+    if one._device.type == "cpu":
+        blank = one._blank()
+        return lambda: len(one._forward(blank))
+    lane = _Lane(one._forward, one._shape, one._device)
+
+    def once() -> int:
+        with torch.cuda.stream(lane._stream):
+            if lane._graph is None:
+                one._forward(lane._pixels)
+            else:
+                lane._graph.replay()
+        return one.batch_rows
+
+    return once
+
+
+def compiled(check: Check) -> Figures:
+    """What torch.compile would bring: recorded passes over photos on the card, with it and without.
+
+    `pays_after` is the number of photos that win back the seconds that it takes to compile.
+    """
+    if check.on_gpu and (absent := _missing_for_compile()):
+        return {"skipped": f"not here: {absent}"}
+    found: Figures = {}
+    for name in ["toy"] if check.args.toy else COMPILED:
+        one = check.encoder(name, check.half, 4 if check.args.toy else 96)
+        one._linear = nullcontext()  # oneDNN's products, on a CPU, keep the compiler out
+        photos = random_photos(one.batch_rows, one.size).to(check.device)
+        before, expected = check.rate(_recorded(one)), one._forward(photos)
+        start = time.perf_counter()
+        one._tower.compile(dynamic=False, backend="eager" if check.args.toy else "inductor")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            vectors = one._forward(photos)
+            check.synchronise()
+            seconds = time.perf_counter() - start
+            after = check.rate(_recorded(one))
+        saved = 1 / before - 1 / after
+        found[name] = {
+            "images_per_second": after,
+            "gain": round(after / before, 3),
+            "compile_s": round(seconds, 1),
+            "pays_after": round(seconds / saved) if saved > 0 else None,
+            **cosines(vectors.cpu().numpy(), expected.cpu().numpy()),
+        }
+        _towers.pop((name, check.half))
+    return found
+
+
+def _missing_for_compile() -> str | None:
+    """What torch.compile needs for a GPU beside torch."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton"
+    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "a C compiler"
+
+
 def decode(check: Check) -> Figures:
     """Images a second from bytes to pixels: by the cores, by Python's threads, by the GPU."""
     jpegs, transform, found = check.jpegs, check.transform, {}
-    torch.set_num_threads(1)
 
     def cores(mode: Decode) -> Callable[[int], int]:
         def one(turn: int) -> int:
@@ -711,6 +769,7 @@ def out_of_memory(check: Check) -> Figures:
 
 STEPS = (
     machine, tests, parity, same_bits, decode, line, tower, plain, table, memory, out_of_memory,
+    compiled,
 )  # fmt: skip
 
 
@@ -743,6 +802,7 @@ def main() -> None:
 def run(check: Check, args: argparse.Namespace) -> int:
     """The steps one after the other; 1 if one failed. The report is whole after each."""
     wait_asleep(args.device)
+    torch.set_num_threads(1)  # as load_encoder has it
     failed = 0
     args.report.parent.mkdir(parents=True, exist_ok=True)
     for step in STEPS:

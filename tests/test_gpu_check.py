@@ -41,6 +41,7 @@ def test_it_imports_no_database(without_a_gpu: list[str]) -> None:
 def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
     """Every step but the GPU's own leaves its figures in the report, and a row in the table."""
     steps = ["machine", "parity", "same_bits", "decode", "line", "tower", "plain", "memory"]
+    steps += ["compiled"]
     report = tmp_path / "report.json"
     flags = ["--toy", "--device", "cpu", "--images", "32", "--seconds", "0.1", "--threads", "2"]
     done = subprocess.run(
@@ -59,7 +60,10 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
         "toy, scaled, 1 processes"
     ].keys()
     assert 0 < found["decode"]["scaled, 1 processes"]
-    assert {"images_per_second", "copied", "unrecorded"} == found["tower"]["toy 4"].keys()
+    rates = {"images_per_second", "copied", "unrecorded", "recorded"}
+    assert rates == found["tower"]["toy 4"].keys()
+    assert found["compiled"]["toy"]["min"] > 0.999999
+    assert 0 < found["compiled"]["toy"]["compile_s"]
     assert "was resized" not in done.stderr  # the memory step's photos have the encoder's size
     assert "| what | here | the other way | ratio |" in done.stdout
     assert "| parity: fp32 |" in done.stdout
