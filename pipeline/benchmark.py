@@ -128,7 +128,8 @@ def advice(
         other = dataclasses.replace(job, chosen=changed)
         vars(other)["encoder"] = job.encoder
         with Line(other, NoCache(job.dim)) as line:
-            took = time_apart(some, other, line, only=("read", "decode"))["decode"]
+            for photos in some[: line.together], some:  # the first make a GPU's decoder start
+                took = time_apart(photos, other, line, only=("read", "decode"))["decode"]
         decode_s[f"decode: {mode}"] = took * len(paths) / len(some)
     if job.workers < job.threads:
         decode_s["num_workers: auto"] = apart["decode"] * job.workers / job.threads

@@ -14,6 +14,7 @@ import argparse
 import functools
 import gc
 import os
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -60,6 +61,7 @@ REFRESH_S = 5.0  # how often vectors of other running shards are picked up
 GPU_BATCHES = 2  # one computes while the next is copied
 GPU_HANDFUL = 8  # photos that a thread beside a GPU takes at a time: fewer waits for Python's lock
 GPU_DECODED = 64  # in one call of a GPU's decoder: an H100 does 16 at 80 % of its rate
+GPU_DECODERS = 8  # calls at a time at most: each takes half a gigabyte, and a stream of torch's 32
 LEAVE_S = 2.0  # for batches under way when the line ends with an error
 WITNESS_THREADS = 8  # on network filesystems a stat is a round trip
 FIRST_ASKED = 32  # photos of a chunk in a store: where none is in the cache, few of the others are
@@ -239,11 +241,15 @@ class GpuDecoder(Decoder):
 
     def __init__(self, preprocess: dict[str, Any], chosen: Settings, device: str) -> None:
         super().__init__(preprocess, chosen)
+        import torch
+
         from pipeline.photos import gpu
 
         self._gpu = gpu
         self._device = device
-        self._streams = threading.local()  # what one thread asks for does not wait for another's
+        self._streams: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(GPU_DECODERS):
+            self._streams.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def many(self, files: "Sequence[bytes]") -> "list[torch.Tensor | PhotoError]":
         """The pixels of each file, or why there are none."""
@@ -270,10 +276,16 @@ class GpuDecoder(Decoder):
 
         from pipeline.encoder.tower import device_errors
 
-        if not hasattr(self._streams, "mine"):
-            self._streams.mine = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with device_errors(f"decode {self._chosen.decode}"), torch.cuda.stream(self._streams.mine):
-            return self._gpu.decode_on_gpu(jpegs, self._transform, self._device)
+        stream = self._streams.get()
+        try:
+            with (
+                device_errors(f"decode {self._chosen.decode}"),
+                torch.cuda.device(self._device),
+                torch.cuda.stream(stream),
+            ):
+                return self._gpu.decode_on_gpu(jpegs, self._transform, self._device)
+        finally:
+            self._streams.put(stream)
 
 
 @dataclass(eq=False)
@@ -522,8 +534,10 @@ class Line(AbstractContextManager["Line"]):
                 photo.stat = stat
                 self._settle_same([photo])
             if not photo.done:
-                if not self.cache.entries:
-                    self.job.encoder  # noqa: B018  bad weights show before the first image is read
+                if not self.cache.entries or self.job.chosen.decode == "gpu":
+                    # bad weights show before the first image is read, and what sets up a GPU is
+                    # there before photos are decoded on it
+                    self.job.encoder  # noqa: B018
                 self.ahead.expect(photo.path)
                 self.handful.append(photo)
                 if len(self.handful) >= self.together:

@@ -385,6 +385,31 @@ def test_few_photos_are_in_memory(shard: Shard, monkeypatch: pytest.MonkeyPatch)
     assert 0 == len(counted.alive)
 
 
+def test_a_gpu_is_set_up_before_it_decodes(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the cache may have all photos: passes are recorded while nothing else goes on."""
+    monkeypatch.setattr("pipeline.encoder.model._cuda_devices", lambda: 1)
+    names = [shard.photo(f"{i}.jpg", i) for i in range(40)]
+    encoder, events = shard.job().encoder, []
+
+    class OnGpu(stage.Decoder):
+        def __init__(self, preprocess: dict[str, Any], chosen: Settings, device: str) -> None:
+            super().__init__(preprocess, chosen)
+            events.append(f"decode on {device}")
+
+    def loaded(job: EncodeJob) -> Any:
+        events.append("load")
+        return encoder
+
+    monkeypatch.setattr(stage, "GpuDecoder", OnGpu)
+    monkeypatch.setattr(EncodeJob, "encoder", property(loaded))
+    for some in (names[:4], names):
+        events.clear()
+        shard.encode(some, device="cuda", precision="fp32", decode="gpu")
+
+    assert {"same file": 4} == shard.saved
+    assert ["load", "decode on cuda"] == list(dict.fromkeys(events))
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("error", "kind", "message"),

@@ -1,6 +1,7 @@
 """decode: gpu: which photos go to the GPU, and what becomes of those that it refuses."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,16 @@ def jpeg(
 
 
 def on_the_cores(data: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
-    """A stand-in for nvJPEG: it decodes a list or, for one photo that it refuses, none of it."""
+    """A stand-in for nvJPEG: it decodes a list, or fails with what a photo's comment says."""
     photos = [each.numpy().tobytes() for each in data]
-    if any(b"refuse me" in photo for photo in photos):
-        raise RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5")
-    if any(b"lose the device" in photo for photo in photos):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    for photo in photos:
+        if said := re.search(rb"FAIL (.*?) LIAF", photo):
+            raise RuntimeError(said[1].decode())
     return [torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) for p in photos]
+
+
+def failing(seed: int, error: str) -> bytes:
+    return commented(jpeg(seed), f"FAIL {error} LIAF".encode())
 
 
 def commented(photo: bytes, words: bytes) -> bytes:
@@ -81,6 +85,7 @@ def test_limits_hold_before_the_gpu() -> None:
 def decoder(monkeypatch: pytest.MonkeyPatch) -> GpuDecoder:
     """The decoder of the line, whose GPU is the stand-in."""
     monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     made = GpuDecoder(full_preprocess({}, 32), Settings(decode="gpu"), "cpu")
     monkeypatch.setattr(made, "_decoded", lambda j: gpu.decode_on_gpu(j, made._transform, "cpu"))
     return made
@@ -105,9 +110,15 @@ def test_photos_of_all_kinds_come_back_in_order(monkeypatch: pytest.MonkeyPatch)
             assert torch.equal(expected, pixels)
 
 
-def test_a_photo_that_the_gpu_refuses_is_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+REFUSED = "Error while decoding JPEG images: Failed to decode batch: "
+
+
+@pytest.mark.parametrize("status", ["3", "4", "6", "8", "10"])
+def test_a_photo_that_the_gpu_refuses_is_the_cores(
+    monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
     """Its mates are still decoded by the GPU: which photos it takes depends on them alone."""
-    files = [jpeg(0), commented(jpeg(1), b"refuse me"), jpeg(2)]
+    files = [jpeg(0), failing(1, REFUSED + status), jpeg(2)]
     jpegs = [j for data in files if (j := gpu.jpeg_for_gpu(data, True, MOST))]
     monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
     decoded = gpu.decode_on_gpu(jpegs, TRANSFORM, "cpu")
@@ -118,14 +129,63 @@ def test_a_photo_that_the_gpu_refuses_is_the_cores(monkeypatch: pytest.MonkeyPat
     assert torch.equal(load_pixels(files[1], TRANSFORM, "full", True, MOST), found[1])
 
 
-def test_a_gpu_that_fails_is_no_fault_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's own errors come out: the cores do not go on in silence, with other pixels."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "Failed to initialize nvjpeg with hardware backend: 6",
+        "decode_jpegs_cuda: torchvision not compiled with nvJPEG support",
+        REFUSED + "5",
+    ],
+)
+def test_a_gpu_that_fails_is_no_fault_of_the_photo(
+    monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    """It comes out: the cores do not go on in silence, slower and with other pixels."""
     monkeypatch.setattr(gpu, "decode_jpeg", on_the_cores)
-    lost = gpu.jpeg_for_gpu(commented(jpeg(), b"lose the device"), True, MOST)
+    lost = gpu.jpeg_for_gpu(failing(0, error), True, MOST)
     assert lost is not None
 
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match=re.escape(error)):
         gpu.decode_on_gpu([lost], TRANSFORM, "cpu")
+
+
+def test_a_gpu_that_decodes_nothing_is_no_fault_of_the_photos(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A status that a bad photo has as well is the GPU's where a sound photo gets it, too."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(REFUSED + "6")
+
+    monkeypatch.setattr(gpu, "decode_jpeg", refuse)
+    photos = [j for seed in range(2) if (j := gpu.jpeg_for_gpu(jpeg(seed), True, MOST))]
+
+    with pytest.raises(RuntimeError, match="batch: 6"):
+        gpu.decode_on_gpu(photos, TRANSFORM, "cpu")
+
+
+def test_pixels_are_resized_before_their_memory_is_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nvJPEG does not wait for what is queued on the stream whose memory it is given."""
+    events: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append("wait")
+
+    def decode(data: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        events.append(f"decode {len(data)}")
+        return on_the_cores(data)
+
+    monkeypatch.setattr(gpu, "_PIXELS", 8000)  # two photos
+    monkeypatch.setattr(gpu, "decode_jpeg", decode)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    photos = [j for seed in range(5) if (j := gpu.jpeg_for_gpu(jpeg(seed), True, MOST))]
+    gpu.decode_on_gpu(photos, TRANSFORM, "cuda")
+
+    assert ["decode 2", "wait", "decode 2", "wait", "decode 1", "wait"] == events
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -568,6 +568,19 @@ def test_a_batch_is_filled_from_cpu_and_gpu(devices: str) -> None:
             RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
             "expected a GPU that computes, found cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
         ),
+        (
+            RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5"),
+            "expected memory on the GPU for its JPEG decoder, found Error while decoding JPEG",
+        ),
+        (
+            RuntimeError("Failed to initialize nvjpeg with hardware backend: 6\nException raised"),
+            "expected a GPU that decodes JPEGs, found Failed to initialize nvjpeg with hardware"
+            " backend: 6 (batch_size 96); hint: set decode: full",
+        ),
+        (
+            RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support"),
+            "expected a GPU that decodes JPEGs, found decode_jpegs_cuda: torchvision not compiled",
+        ),
         (MemoryError(), "expected memory for a batch, found none left (batch_size 96); hint:"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

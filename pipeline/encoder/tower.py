@@ -54,6 +54,10 @@ _DEVICE = [
      "lower batch_size; nvidia-smi shows what else is on the GPU"),
     (r"can't allocate memory|not enough memory|bad_alloc|bad allocation", "memory for a batch",
      "lower batch_size, or give fewer --cores"),
+    (r"decoding JPEG images.*: 5\b", "memory on the GPU for its JPEG decoder",
+     "give fewer jobs a GPU, or set decode: full; nvidia-smi shows what else is on the GPU"),
+    (r"decoding JPEG images|nvjpeg|nvJPEG", "a GPU that decodes JPEGs",
+     "set decode: full, or scaled, which leave them to the cores"),
     (r"CUDA|CUBLAS|cuBLAS|CUDNN|cuDNN|NVRTC|NVML|HIP error", "a GPU that computes",
      "run it again: nothing that was encoded is lost; nvidia-smi and dmesg say more of the GPU"),
 ]  # fmt: skip
@@ -101,38 +105,46 @@ class _Lane:
 
     def __init__(self, forward: Forward, shape: tuple[int, ...], device: torch.device) -> None:
         self._forward = forward
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-        self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
-        with torch.cuda.stream(self._stream):
-            forward(self._pixels)  # kernels are chosen and loaded before they are recorded
-            self._stream.synchronize()
-            self._record()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+                self._vectors = forward(self._pixels)  # chooses and loads what is recorded then
+                self._stream.synchronize()
+                self._record()
+            self._photos = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+            self._result = torch.zeros(self._vectors.shape, pin_memory=True)
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Photos may be decoded on this GPU meanwhile; what those threads do is no fault here.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._vectors = self._forward(self._pixels)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a tower that asks the CPU on its way cannot be recorded
-            log.debug("no CUDA graph: %s", _short(error))
-            torch.cuda.synchronize(self._pixels.device)
+            log.warning("each pass is slower, without a CUDA graph: %s", _short(error))
+            torch.cuda.synchronize(self._device)
             return
         self._graph = graph
 
     def encode(self, pixels: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
         """The vectors of at most a batch; what the buffers held before stays behind its rows."""
-        with torch.cuda.stream(self._stream):
-            _fill(self._pixels, self._pinned, pixels)
+        # The stream alone would leave a context on the first GPU, where this one is another.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            _fill(self._pixels, self._photos, pixels)
             if self._graph is None:
                 self._vectors = self._forward(self._pixels)
             else:
                 self._graph.replay()
-            vectors: npt.NDArray[np.float32] = self._vectors[: len(pixels)].cpu().numpy()
-            return vectors
+            # A copy to memory that is not pinned would hold up the other lane's work in the driver.
+            vectors = self._result[: len(pixels)]
+            vectors.copy_(self._vectors[: len(pixels)], non_blocking=True)
+            self._stream.synchronize()
+            return vectors.numpy().copy()
 
 
 def _fill(batch: torch.Tensor, pinned: torch.Tensor, pixels: Sequence[torch.Tensor]) -> None:

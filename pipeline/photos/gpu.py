@@ -4,6 +4,8 @@ Which photos go there depends on their bytes alone, so that a photo's pixels do 
 and those that a GPU refuses, are decoded by the cores as with decode: full.
 """
 
+import functools
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipeline.photos.pixels import Size, Transform, fit, opened, orientation_of, photo_errors
 
 _PIXELS = 150_000_000  # of one call's photos at most: half a gigabyte on the GPU
+_MOST = 50_000_000  # of a photo; to resize a larger one would take more memory than all the others
 _SIDE = 16_384  # the engines' limit
 # Samples of luma and chroma that NVIDIA's engines know: 4:4:4, 4:2:2, 4:2:0.
 _SAMPLING = {(1, 1), (2, 1), (2, 2)}
 _END_OF_IMAGE = b"\xff\xd9"
+# What says of the GPU or its driver, or of torchvision, that no photo will do; 5 is no memory.
+_NO_PHOTOS_FAULT = re.compile(r"CUDA|not compiled|initialize nvjpeg|to create|: 5\b")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def _is_for_gpu(image: Image.Image, data: bytes) -> bool:
 
     Decoders have crashed and leaked on other files. MPO has a second photo behind the first.
     """
-    if image.format != "JPEG" or image.mode != "RGB" or max(image.size) > _SIDE:
+    if image.format != "JPEG" or image.mode != "RGB":
+        return False
+    if max(image.size) > _SIDE or image.width * image.height > _MOST:
         return False
     if image.info.get("progressive") or image.info.get("adobe_transform", 1) != 1:
         return False
@@ -72,8 +79,10 @@ def decode_on_gpu(
             None if pixels is None else fit(pixels, photo.size, photo.orientation, transform)
             for photo, pixels in zip(part, _decoded(part, device), strict=True)
         ]
-    if torch.device(device).type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        # nvJPEG writes on a stream of its own, which does not wait for this one: what is resized
+        # here must be done before the next part is decoded into the same memory.
+        if torch.device(device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
     return done
 
 
@@ -97,21 +106,30 @@ def _decoded(photos: list[Jpeg], device: str) -> list[torch.Tensor | None]:
 
     So that which photos are refused does not depend on what they are decoded with.
     """
-    data = [torch.from_numpy(np.frombuffer(bytearray(p.data), np.uint8)) for p in photos]
     try:
-        decoded = decode_jpeg(data, ImageReadMode.RGB, device=device)
+        decoded = _raw(device, *(photo.data for photo in photos))
     except RuntimeError as error:
-        if _is_of_the_device(error):
+        if _NO_PHOTOS_FAULT.search(str(error)):
             raise
-        if len(photos) == 1:
-            return [None]
-        return [pixels for photo in photos for pixels in _decoded([photo], device)]
+        if len(photos) > 1:
+            return [pixels for photo in photos for pixels in _decoded([photo], device)]
+        _raw(device, _sound())  # raises where it is not the photo
+        return [None]
     return [
         pixels if tuple(pixels.shape) == (3, *photo.size) else None
         for pixels, photo in zip(decoded, photos, strict=True)
     ]
 
 
-def _is_of_the_device(error: RuntimeError) -> bool:
-    """Whether CUDA fails, or torchvision cannot do this at all, rather than a photo."""
-    return re.search(r"CUDA|not compiled", str(error)) is not None
+def _raw(device: str, *files: bytes) -> list[torch.Tensor]:
+    data = [torch.from_numpy(np.frombuffer(bytearray(file), np.uint8)) for file in files]
+    decoded: list[torch.Tensor] = decode_jpeg(data, ImageReadMode.RGB, device=device)
+    return decoded
+
+
+@functools.cache
+def _sound() -> bytes:
+    """A JPEG that every decoder takes."""
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "JPEG")
+    return out.getvalue()

@@ -361,6 +361,8 @@ def resized_by_weights(
     ):
         if have != want:
             weights = _weights(have, want, interpolation, values.device, values.dtype)
+            if weights.is_cuda:  # another thread may have made them, and let go of them first
+                weights.record_stream(torch.cuda.current_stream(weights.device))
             values = weights.T @ values if down else values @ weights
             values.round_().clamp_(0, 255)  # between the two as well, as torch does on a CPU
     return values.to(torch.uint8)
