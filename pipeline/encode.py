@@ -14,7 +14,6 @@ import argparse
 import functools
 import gc
 import os
-import queue
 import threading
 import time
 from collections import Counter, deque
@@ -61,7 +60,7 @@ REFRESH_S = 5.0  # how often vectors of other running shards are picked up
 GPU_BATCHES = 2  # one computes while the next is copied
 GPU_HANDFUL = 8  # photos that a thread beside a GPU takes at a time: fewer waits for Python's lock
 GPU_DECODED = 64  # in one call of a GPU's decoder: an H100 does 16 at 80 % of its rate
-GPU_DECODERS = 4  # calls at a time: one decodes, others resize; each takes half a gigabyte
+GPU_DECODERS = 4  # calls at a time: one decodes, others resize; each takes half a gigabyte and more
 LEAVE_S = 2.0  # for batches under way when the line ends with an error
 WITNESS_THREADS = 8  # on network filesystems a stat is a round trip
 FIRST_ASKED = 32  # photos of a chunk in a store: where none is in the cache, few of the others are
@@ -236,27 +235,26 @@ class Decoder:
 class GpuDecoder(Decoder):
     """`decode: gpu`: baseline JPEGs on the GPU, where their pixels stay, the others by the cores.
 
-    Raises DeviceError where the GPU fails.
+    GPU_DECODERS threads of its own ask the GPU, each with a stream of its own, for any number of
+    callers. Raises DeviceError where the GPU fails.
     """
 
     def __init__(self, preprocess: dict[str, Any], chosen: Settings, device: str) -> None:
         super().__init__(preprocess, chosen)
-        import torch
-
         from pipeline.photos import gpu
 
         self._gpu = gpu
         self._device = device
-        self._streams: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(GPU_DECODERS):
-            self._streams.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        self._threads = ThreadPoolExecutor(GPU_DECODERS, "decode-gpu")
+        self._streams = threading.local()
 
     def many(self, files: "Sequence[bytes]") -> "list[torch.Tensor | PhotoError]":
         """The pixels of each file, or why there are none."""
         outcomes = dict(enumerate(self._header(data) for data in files))
         jpegs = {row: each for row, each in outcomes.items() if isinstance(each, self._gpu.Jpeg)}
-        for row, pixels in zip(jpegs, self._decoded(list(jpegs.values())), strict=True):
-            outcomes[row] = pixels
+        if jpegs:
+            decoded = self._threads.submit(self._decoded, list(jpegs.values())).result()
+            outcomes |= zip(jpegs, decoded, strict=True)
         return [
             self._or_error(data) if outcomes[row] is None else outcomes[row]
             for row, data in enumerate(files)
@@ -276,16 +274,11 @@ class GpuDecoder(Decoder):
 
         from pipeline.encoder.tower import device_errors
 
-        stream = self._streams.get()
-        try:
-            with (
-                device_errors(f"decode {self._chosen.decode}"),
-                torch.cuda.device(self._device),
-                torch.cuda.stream(stream),
-            ):
+        with device_errors(f"decode {self._chosen.decode}"), torch.cuda.device(self._device):
+            if not hasattr(self._streams, "mine"):
+                self._streams.mine = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._streams.mine):
                 return self._gpu.decode_on_gpu(jpegs, self._transform, self._device)
-        finally:
-            self._streams.put(stream)
 
 
 @dataclass(eq=False)
@@ -454,11 +447,10 @@ class Line(AbstractContextManager["Line"]):
 
     @functools.cached_property
     def decoder(self) -> Decoder:
+        if self.job.chosen.decode == "gpu":  # its encoder sets a GPU up, and records passes, first
+            return GpuDecoder(self.job.encoder.preprocess, self.job.chosen, self.job.device)
         # Only of a model that lives on a hub are the pixels not known before it is loaded.
-        preprocess = self.job.model.preprocess or self.job.encoder.preprocess
-        if self.job.chosen.decode == "gpu":
-            return GpuDecoder(preprocess, self.job.chosen, self.job.device)
-        return Decoder(preprocess, self.job.chosen)
+        return Decoder(self.job.model.preprocess or self.job.encoder.preprocess, self.job.chosen)
 
     def looked_up_ahead(self, chunks: Iterable[list[str | None]]) -> Iterator[Photo]:
         """The photos of all chunks; the next chunk is looked up while one is worked on."""
@@ -534,10 +526,10 @@ class Line(AbstractContextManager["Line"]):
                 photo.stat = stat
                 self._settle_same([photo])
             if not photo.done:
-                if not self.cache.entries or self.job.chosen.decode == "gpu":
-                    # bad weights show before the first image is read, and what sets up a GPU is
-                    # there before photos are decoded on it
-                    self.job.encoder  # noqa: B018
+                if not self.cache.entries:
+                    self.job.encoder  # noqa: B018  bad weights show before the first image is read
+                if self.job.chosen.decode == "gpu":
+                    self.decoder  # noqa: B018  one for all threads
                 self.ahead.expect(photo.path)
                 self.handful.append(photo)
                 if len(self.handful) >= self.together:

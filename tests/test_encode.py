@@ -408,6 +408,7 @@ def test_a_gpu_is_set_up_before_it_decodes(shard: Shard, monkeypatch: pytest.Mon
 
     assert {"same file": 4} == shard.saved
     assert ["load", "decode on cuda"] == list(dict.fromkeys(events))
+    assert 1 == events.count("decode on cuda")
 
 
 @pytest.mark.timeout(60)

@@ -533,8 +533,8 @@ def test_a_batch_is_filled_from_cpu_and_gpu(devices: str) -> None:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
             "expected memory on the GPU for a batch, found CUDA out of memory. Tried to allocate"
-            " 2.00 GiB. GPU 0 has (batch_size 96); hint: lower batch_size; nvidia-smi shows what"
-            " else is on the GPU",
+            " 2.00 GiB. GPU 0 has (batch_size 96); hint: lower batch_size, or let fewer jobs"
+            " share the GPU; nvidia-smi shows what is on it",
         ),
         (
             RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous"),
@@ -570,10 +570,11 @@ def test_a_batch_is_filled_from_cpu_and_gpu(devices: str) -> None:
         ),
         *(
             (
-                RuntimeError(f"Error while decoding JPEG images: {found}"),
-                "expected memory on the GPU for its JPEG decoder, found Error while decoding JPEG",
+                RuntimeError(f"decode_jpegs, /a/b.cpp:9, Error while decoding JPEG images: {e}"),
+                "expected memory on the GPU for a batch, found Error while decoding JPEG images:"
+                f" {e} (batch_size 96); hint: lower batch_size, or let fewer",
             )
-            for found in ("Failed to decode batch: 5", "CUDA out of memory. Tried to allocate 5 GB")
+            for e in ("Failed to decode batch: 5", "CUDA out of memory")
         ),
         (
             RuntimeError("Failed to initialize nvjpeg with hardware backend: 6\nException raised"),

@@ -50,10 +50,9 @@ _DEVICE = [
      "a working NVIDIA driver", "nvidia-smi must list the GPU; or set device: cpu"),
     (r"no kernel image|not compatible with the current PyTorch",
      "a torch that is built for this GPU", "install another torch, or set device: cpu"),
-    (r"decoding JPEG images.*(: 5\b|out of memory)", "memory on the GPU for its JPEG decoder",
-     "give fewer jobs a GPU, or set decode: full; nvidia-smi shows what else is on the GPU"),
-    (r"CUDA.*out of memory|CUDA_ERROR_OUT_OF_MEMORY|ALLOC_FAILED", "memory on the GPU for a batch",
-     "lower batch_size; nvidia-smi shows what else is on the GPU"),
+    (r"CUDA.*out of memory|CUDA_ERROR_OUT_OF_MEMORY|ALLOC_FAILED|decoding JPEG images.*: 5\b",
+     "memory on the GPU for a batch",
+     "lower batch_size, or let fewer jobs share the GPU; nvidia-smi shows what is on it"),
     (r"can't allocate memory|not enough memory|bad_alloc|bad allocation", "memory for a batch",
      "lower batch_size, or give fewer --cores"),
     (r"decoding JPEG images|nvjpeg|nvJPEG", "a GPU that decodes JPEGs",
@@ -79,6 +78,7 @@ def _device_error(error: Exception, where: str = "") -> DeviceError | None:
     """What an error says of the device; None where it is about something else."""
     text = "bad_alloc" if isinstance(error, MemoryError) else str(error)
     found = next((line for line in str(error).splitlines() if line.strip()), "none left")
+    found = re.sub(r"\w+, /\S+:\d+, ", "", found)  # where in torchvision's source it was
     for pattern, expected, hint in _DEVICE:
         if re.search(pattern, text):
             return DeviceError(expected, found[:200].rstrip(". "), where, hint)

@@ -19,7 +19,7 @@ from pipeline.photos.pixels import Size, Transform, fit, opened, orientation_of,
 
 _PIXELS = 150_000_000  # of one call's photos at most: half a gigabyte on the GPU
 _MOST = 50_000_000  # of a photo; to resize a larger one would take more memory than all the others
-_SIDE = 16_384  # the engines' limit
+_SIDE = 8_192  # the weights of a longer row take too much memory to make
 # Samples of luma and chroma that NVIDIA's engines know: 4:4:4, 4:2:2, 4:2:0.
 _SAMPLING = {(1, 1), (2, 1), (2, 2)}
 _END_OF_IMAGE = b"\xff\xd9"
@@ -59,7 +59,10 @@ def _is_for_gpu(image: Image.Image, data: bytes) -> bool:
         return False
     if image.info.get("progressive") or image.info.get("adobe_transform", 1) != 1:
         return False
-    (_, *luma, _), *chroma = image.layer  # type: ignore[attr-defined]
+    layers = image.layer  # type: ignore[attr-defined]
+    if len(layers) != 3:  # of one frame: a decoder might take another's size
+        return False
+    (_, *luma, _), *chroma = layers
     plain = tuple(luma) in _SAMPLING and all(layer[1:3] == (1, 1) for layer in chroma)
     start_of_scan = image.tile[0].offset  # type: ignore[attr-defined]
     return plain and data.rfind(_END_OF_IMAGE) > start_of_scan
@@ -109,7 +112,8 @@ def _decoded(photos: list[Jpeg], device: str) -> list[torch.Tensor | None]:
     try:
         decoded = _raw(device, *(photo.data for photo in photos))
     except RuntimeError as error:
-        if _NO_PHOTOS_FAULT.search(str(error)):
+        first_line = str(error).partition("\n")[0]  # a C++ backtrace may follow
+        if _NO_PHOTOS_FAULT.search(first_line):
             raise
         if len(photos) > 1:
             return [pixels for photo in photos for pixels in _decoded([photo], device)]

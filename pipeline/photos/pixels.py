@@ -55,7 +55,6 @@ _AFTER_WEBP = {"exif", "xmp"}
 # A photo resized to more than this many crops in a row loses its ends before (see _narrowed).
 _MAX_CROPS = 32
 _JPEG_SCALES = (8, 4, 2)
-_MOST_WEIGHTS = 8192  # pixels in a row; the weights of more would take gigabytes to make
 _NO_MEMORY = "more than there is memory for"
 # Fresh pages for each photo's pixels would cost a tenth of its decoding; each thread keeps some.
 _KEPT_BYTES = 48 * 2**20
@@ -340,7 +339,7 @@ def fit(pixels: torch.Tensor, size: Size, orientation: int, transform: Transform
 
 
 def _resized(pixels: torch.Tensor, target: Size, transform: Transform) -> torch.Tensor:
-    if pixels.is_cuda and max(pixels.shape[-2:]) <= _MOST_WEIGHTS:
+    if pixels.is_cuda:
         return resized_by_weights(pixels, target, transform.resize_interpolation)
     resized: torch.Tensor = vision.resize(
         pixels, list(target), interpolation=transform.resize_interpolation, antialias=True
