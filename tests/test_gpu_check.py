@@ -51,7 +51,7 @@ def test_it_imports_no_database(without_a_gpu: list[str]) -> None:
 
 def test_its_parts_run_on_the_cpu(tmp_path: Path) -> None:
     """Every step but the GPU's own leaves its figures in the report, and a row in the table."""
-    steps = ["machine", "parity", "same_bits", "decode", "line", "tower", "memory", "plain"]
+    steps = ["machine", "parity", "same_bits", "memory", "decode", "line", "tower", "plain"]
     steps += ["compiled"]
     report = tmp_path / "report.json"
     flags = ["--toy", "--device", "cpu", "--images", "32", "--seconds", "0.1", "--threads", "2"]
@@ -99,17 +99,18 @@ def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_step_begins_once_the_time_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever has a card for some minutes has the report by then."""
+    """Whoever has a card for some minutes has the report by then, and knows what is missing."""
     report = tmp_path / "report.json"
     monkeypatch.setattr(command, "STEPS", (line.line,))
     flags = ["--toy", "--device", "cpu", "--minutes", "0", "--report", str(report)]
     monkeypatch.setattr(sys, "argv", ["gpu", *flags])
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match="1"):
         command.main()
 
-    assert "0 minutes were over" == json.loads(report.read_text())["line"]["skipped"]
+    assert json.loads(report.read_text())["line"]["not_run"].startswith("0 minutes were over")
+    assert "error: line: not run, 0 minutes were over" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

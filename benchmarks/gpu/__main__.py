@@ -24,8 +24,8 @@ from pipeline.encoder.claim import wait_asleep
 
 # What matters most comes first: no step begins once the time is over.
 STEPS = (
-    right.machine, right.tests, right.parity, right.same_bits, rates.decode, line.line,
-    rates.tower, right.out_of_memory, line.memory, rates.plain, rates.table, rates.compiled,
+    right.machine, right.tests, right.parity, right.same_bits, right.out_of_memory, line.memory,
+    rates.decode, line.line, rates.tower, rates.plain, rates.table, rates.compiled,
 )  # fmt: skip
 
 
@@ -35,8 +35,7 @@ def main() -> None:
         skip(args.steps)
         return
     if args.device != "cpu":
-        torch.cuda.set_device(args.device)
-        args.device = f"cuda:{torch.cuda.current_device()}"  # the same card for all processes
+        args.device = f"cuda:{args.device.partition(':')[2] or 0}"  # the same for all processes
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="gpu-check-", dir=args.work) as folder:
@@ -58,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=16_000, help="2-megapixel files to encode")
     parser.add_argument("--small", type=int, default=60_000, help="files of the memory step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
-    parser.add_argument("--seconds", type=float, default=1.5, help="that each rate is measured")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that each rate is measured")
     parser.add_argument("--minutes", type=float, default=7, help="after which no step begins")
     parser.add_argument("--device", default="cuda", help="cpu: what can be tried without a GPU")
     parser.add_argument("--toy", action="store_true", help="a tiny encoder, few photos")
@@ -78,6 +77,8 @@ def skip(steps: list[str]) -> None:
 def run(check: Check, args: argparse.Namespace) -> int:
     """The steps one after the other; 1 if one failed. The report is whole after each."""
     wait_asleep(args.device)
+    if check.on_gpu:
+        torch.cuda.set_device(args.device)
     torch.set_num_threads(1)  # this and the next as load_encoder has them
     torch.backends.cudnn.allow_tf32 = False
     failed, begun = 0, time.monotonic()
@@ -86,7 +87,7 @@ def run(check: Check, args: argparse.Namespace) -> int:
         if step.__name__ not in args.steps:
             continue
         start = time.monotonic()
-        figures: Figures = {"skipped": f"{args.minutes:g} minutes were over"}
+        figures: Figures = {"not_run": f"{args.minutes:g} minutes were over; hint: --minutes"}
         if start - begun < args.minutes * 60:
             try:
                 figures = step(check)

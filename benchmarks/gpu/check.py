@@ -1,13 +1,14 @@
 """What the steps of the check share: the device, photos, towers, and how a rate is measured."""
 
 import argparse
+import gc
 import io
 import multiprocessing
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ Figures = dict[str, Any]
 SIZE = (1600, 1200)  # 2 megapixels
 # More than one call of the GPU's decoder takes, upright and not, with odd sides.
 OTHER_SIZES = [(4032, 3024), (3024, 4032), (1601, 1199), (333, 500), (3000, 800)]
+MODEL = "ViT-B-32"
 CHANNELS = 3
 NO_LIMIT = 10**9
 TOY = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64,
@@ -50,7 +52,7 @@ class Check:
 
     @property
     def model(self) -> str:
-        return "toy" if self.args.toy else "ViT-B-32"
+        return "toy" if self.args.toy else MODEL
 
     @property
     def half(self) -> str:
@@ -67,26 +69,31 @@ class Check:
     def gpu_decoder(self) -> GpuDecoder:
         return GpuDecoder(self.preprocess, Settings(decode="gpu"), self.device)
 
-    @cached_property
+    @property
     def jpegs(self) -> list[bytes]:
         """2-megapixel JPEGs: real photos fitted to that size, and each fourth drawn; or drawn."""
-        return self._photos([SIZE] * (8 if self.args.toy else 256))
+        return self._photos[0]
 
-    @cached_property
+    @property
     def others(self) -> list[bytes]:
         """JPEGs of other sizes, large ones among them."""
-        return self._photos(OTHER_SIZES[2:] if self.args.toy else OTHER_SIZES * 4)
+        return self._photos[1]
 
-    def _photos(self, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
+    @cached_property
+    def _photos(self) -> tuple[list[bytes], list[bytes]]:
         real = [] if self.args.photos is None else sorted(
             p for p in self.args.photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")
         )  # fmt: skip
+        alike = [SIZE] * (8 if self.args.toy else 128)
         jobs = [
             (number, size, real[number % len(real)] if real and number % 4 else None)
-            for number, size in enumerate(sizes)
+            for number, size in enumerate(
+                [*alike, *(OTHER_SIZES[2:] if self.args.toy else OTHER_SIZES * 2)]
+            )
         ]
         with multiprocessing.get_context("spawn").Pool(self.args.threads) as pool:
-            return pool.map(_photo, jobs)
+            made = pool.map(_photo, jobs, 1)
+        return made[: len(alike)], made[len(alike) :]
 
     @cached_property
     def files(self) -> list[str]:
@@ -111,28 +118,35 @@ class Check:
         return done / (time.perf_counter() - start)
 
     def threaded(self, threads: int, work: Callable[[int], int]) -> float:
-        """Items a second of `work(turn)` on many threads for the time that each rate gets."""
-        end = time.perf_counter() + self.args.seconds
-
-        def run(thread: int) -> int:
-            turn = done = 0
-            while time.perf_counter() < end:
-                done += work(thread + turn * threads)
-                turn += 1
-            return done
-
-        start = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            done = sum(pool.map(run, range(threads)))
-        return done / (time.perf_counter() - start)
+        """As the function, for the time that each rate gets."""
+        return threaded(self.args.seconds, threads, work)
 
     def synchronise(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
+def threaded(seconds: float, threads: int, work: Callable[[int], int]) -> float:
+    """Items a second of `work(turn)`, which returns how many it did, on many threads."""
+    end = time.perf_counter() + seconds
+
+    def run(thread: int) -> int:
+        turn = done = 0
+        while time.perf_counter() < end:
+            done += work(thread + turn * threads)
+            turn += 1
+        return done
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(pool.map(run, range(threads)))
+    return done / (time.perf_counter() - start)
+
+
 def encoder(name: str, device: str, precision: str, rows: int) -> Encoder:
     """An open_clip image tower with weights from a seed."""
+    # An encoder on a CPU may turn it off, for the whole process; beside a GPU's there is none.
+    torch.backends.mha.set_fastpath_enabled(True)
     key = name, precision
     if key not in _towers:
         torch.manual_seed(0)
@@ -152,8 +166,16 @@ _towers: dict[tuple[str, str], Any] = {}
 
 
 def forget(name: str, precision: str) -> None:
-    """Let go of a tower's memory."""
+    """Let go of a tower, and of all that encoders which are gone had on the GPU."""
     _towers.pop((name, precision))
+    collect()
+
+
+def collect() -> None:
+    """Give back the memory of encoders that are gone, which are cycles with their lanes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def numbered(jpeg: bytes, number: int) -> bytes:
@@ -162,21 +184,29 @@ def numbered(jpeg: bytes, number: int) -> bytes:
 
 
 def _photo(job: tuple[int, tuple[int, int], Path | None]) -> bytes:
-    number, (width, height), source = job
-    draw = np.random.default_rng(number)
-    if source is None:
-        coarse = draw.integers(0, 256, (24, 32, CHANNELS), np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        grain = draw.integers(0, 24, (height, width, CHANNELS), np.uint8)
-        image = Image.fromarray((np.asarray(image) // 2 + grain).astype(np.uint8))
-    else:
-        with Image.open(source) as opened:
-            image = ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        if draw.random() < 0.5:
-            image = ImageOps.mirror(image)
+    """A JPEG of a size, made of a real photo; a drawn one where there is none, or a damaged one."""
+    number, size, source = job
+    image = None if source is None else _fitted(source, size)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=88, subsampling="4:2:0")
+    (image or _drawn(number, size)).save(out, "JPEG", quality=88, subsampling="4:2:0")
     return out.getvalue()
+
+
+def _fitted(source: Path, size: tuple[int, int]) -> Image.Image | None:
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.fit(opened.convert("RGB"), size, Image.Resampling.LANCZOS)
+    except Exception:  # noqa: BLE001  Pillow raises all kinds
+        return None
+
+
+def _drawn(number: int, size: tuple[int, int]) -> Image.Image:
+    """Noise on gradients."""
+    draw = np.random.default_rng(number)
+    coarse = draw.integers(0, 256, (24, 32, CHANNELS), np.uint8)
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    grain = draw.integers(0, 24, (size[1], size[0], CHANNELS), np.uint8)
+    return Image.fromarray((np.asarray(image) // 2 + grain).astype(np.uint8))
 
 
 def random_photos(count: int, size: tuple[int, int]) -> torch.Tensor:

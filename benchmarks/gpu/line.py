@@ -19,7 +19,16 @@ import torch
 from PIL import Image
 
 from benchmarks import measure
-from benchmarks.gpu.check import CHANNELS, Check, Figures, encoder, numbered, smi
+from benchmarks.gpu.check import (
+    CHANNELS,
+    MODEL,
+    Check,
+    Figures,
+    collect,
+    encoder,
+    numbered,
+    smi,
+)
 from pipeline.benchmark import NoCache
 from pipeline.encode import EncodeJob, Line, Photo, encode
 from pipeline.encoder.claim import wait_asleep
@@ -31,15 +40,14 @@ PER_LISTING = 4
 READY_S = 75  # that processes get to load their model
 LONGEST_S = 240  # that processes get for their work
 MOST_PROCESSES = 8
-LARGE_MODEL_SHARE = 4  # one photo in so many is enough for a ViT-L/14
+FEWER = {"scaled": 2, "ViT-L-14": 4}  # a slower run makes do with one photo in so many
 
 
 def line(check: Check) -> Figures:
     """Files to vectors by the encode stage, in one process and in several that share the card."""
     found: Figures = {}
     check.files  # noqa: B018  made before any clock starts
-    if check.on_gpu:
-        torch.cuda.empty_cache()  # the card is the others' now
+    collect()  # the card is the others' now
     for run in check.args.lines or _lines(check):
         model, mode, processes = run.split(":")
         figures = _line(check, model, mode, int(processes))
@@ -53,15 +61,14 @@ def _lines(check: Check) -> list[str]:
     if check.args.toy:
         return ["toy:scaled:1"]
     four, two = (min(MOST_PROCESSES, max(1, check.args.threads // cores)) for cores in (4, 2))
-    runs = ["ViT-B-32:scaled:1", f"ViT-B-32:scaled:{four}", f"ViT-B-32:scaled:{two}"]
+    runs = [f"{MODEL}:scaled:{two}"]
     if check.on_gpu:
-        runs += ["ViT-B-32:gpu:1", f"ViT-B-32:gpu:{four}", f"ViT-B-32:gpu:{two}"]
-        runs += ["ViT-L-14:scaled:2", "ViT-L-14:gpu:2"]
+        runs += [f"{MODEL}:gpu:1", f"{MODEL}:gpu:{four}", f"{MODEL}:gpu:{two}", "ViT-L-14:gpu:2"]
     return list(dict.fromkeys(runs))
 
 
 def _line(check: Check, model: str, mode: str, processes: int) -> Figures:
-    files = check.files[:: LARGE_MODEL_SHARE if model == "ViT-L-14" else 1]
+    files = check.files[:: max(FEWER.get(model, 1), FEWER.get(mode, 1))]
     share = len(files) // processes
     threads = max(1, check.args.threads // processes)
     shares = [

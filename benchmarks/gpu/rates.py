@@ -2,9 +2,9 @@
 
 import importlib.util
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,27 @@ from PIL import Image
 from torchvision.io import decode_jpeg
 
 from benchmarks import measure
-from benchmarks.gpu.check import NO_LIMIT, Check, Figures, cosines, forget, random_photos
+from benchmarks.gpu.check import (
+    MODEL,
+    NO_LIMIT,
+    Check,
+    Figures,
+    cosines,
+    forget,
+    random_photos,
+    threaded,
+)
 from benchmarks.gpu.line import READY_S, side_by_side
 from pipeline.encode import GPU_DECODED
 from pipeline.encoder.tower import Encoder, _Lane
 from pipeline.photos.pixels import Decode, Transform, load_pixels
 
 TOWERS = {
-    "ViT-B-32": (32, 96, 256, 512),
+    MODEL: (32, 96, 256, 512),
     "ViT-L-14": (96, 256),
-    "ViT-B-16-SigLIP": (96, 256),
+    "ViT-B-16-SigLIP": (96,),
 }
-COMPILED = ["ViT-B-32", "ViT-B-16-SigLIP"]
+COMPILED = [MODEL, "ViT-B-16-SigLIP"]
 PLAIN_ROWS = 64
 
 
@@ -36,21 +45,14 @@ def decode(check: Check) -> Figures:
     """Images a second from bytes to pixels: by the cores, by Python's threads, by the GPU."""
     jpegs, transform, found = check.jpegs, check.transform, {}
 
-    def cores(mode: Decode) -> Callable[[int], int]:
-        def one(turn: int) -> int:
-            load_pixels(jpegs[turn % len(jpegs)], transform, mode, True, NO_LIMIT)
-            return 1
-
-        return one
-
     def bare(turn: int) -> int:
         simplejpeg.decode_jpeg(jpegs[turn % len(jpegs)], min_height=600, min_width=800)
         return 1
 
     threads = check.args.threads
     for count in sorted({1, min(4, threads), min(8, threads), threads}):
-        found[f"scaled, {count} threads"] = check.threaded(count, cores("scaled"))
-    found[f"full, {threads} threads"] = check.threaded(threads, cores("full"))
+        found[f"scaled, {count} threads"] = check.threaded(count, _cores(jpegs, transform))
+    found[f"full, {threads} threads"] = check.threaded(threads, _cores(jpegs, transform, "full"))
     found["bare decoder, scaled, all cores"] = check.threaded(threads, bare)
     processes = max(1, threads // 4)
     share = jpegs[:32], transform, threads // processes, check.args.seconds
@@ -71,27 +73,25 @@ def decode(check: Check) -> Figures:
     return found
 
 
+def _cores(
+    jpegs: list[bytes], transform: Transform, mode: Decode = "scaled"
+) -> Callable[[int], int]:
+    def one(turn: int) -> int:
+        load_pixels(jpegs[turn % len(jpegs)], transform, mode, True, NO_LIMIT)
+        return 1
+
+    return one
+
+
 def _decode_share(
     jpegs: list[bytes], transform: Transform, threads: int, seconds: float, barrier: Any
 ) -> float:
     """Images a second of one process of several; the clock starts when all are ready."""
     torch.set_num_threads(1)
-    load_pixels(jpegs[0], transform, "scaled", True, NO_LIMIT)
+    one = _cores(jpegs, transform)
+    one(0)
     barrier.wait(READY_S)
-    end = time.perf_counter() + seconds
-
-    def run(thread: int) -> int:
-        turn = 0
-        while time.perf_counter() < end:
-            jpeg = jpegs[(thread + turn * threads) % len(jpegs)]
-            load_pixels(jpeg, transform, "scaled", True, NO_LIMIT)
-            turn += 1
-        return turn
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        done = sum(pool.map(run, range(threads)))
-    return done / (time.perf_counter() - start)
+    return threaded(seconds, threads, one)
 
 
 def tower(check: Check) -> Figures:
@@ -141,6 +141,7 @@ def _recorded(one: Encoder) -> Callable[[], int]:
                 one._forward(lane._pixels)
             else:
                 lane._graph.replay()
+            lane._stream.synchronize()
         return one.batch_rows
 
     return once
@@ -149,7 +150,8 @@ def _recorded(one: Encoder) -> Callable[[], int]:
 def compiled(check: Check) -> Figures:
     """What torch.compile would bring: recorded passes over photos on the card, with it and without.
 
-    `pays_after` is the number of photos that win back the seconds that it takes to compile.
+    `pays_after` is the number of photos that win back the seconds that it takes to compile;
+    `other_attention` is without it and without torch's own fast path of attention.
     """
     if check.on_gpu and (absent := _missing_for_compile()):
         return {"skipped": f"not here: {absent}"}
@@ -159,6 +161,9 @@ def compiled(check: Check) -> Figures:
         one._linear = nullcontext()  # oneDNN's products, on a CPU, keep the compiler out
         photos = random_photos(one.batch_rows, one.size).to(check.device)
         before, expected = check.rate(_recorded(one)), one._forward(photos)
+        torch.backends.mha.set_fastpath_enabled(False)
+        other = check.rate(_recorded(one))
+        torch.backends.mha.set_fastpath_enabled(True)
         start = time.perf_counter()
         one._tower.compile(dynamic=False, backend="eager" if check.args.toy else "inductor")
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -170,6 +175,7 @@ def compiled(check: Check) -> Figures:
         found[name] = {
             "images_per_second": after,
             "gain": round(after / before, 3),
+            "other_attention": other,
             "compile_s": round(seconds, 1),
             "pays_after": round(seconds / saved) if saved > 0 else None,
             **cosines(vectors.cpu().numpy(), expected.cpu().numpy()),
@@ -182,6 +188,8 @@ def _missing_for_compile() -> str | None:
     """What torch.compile needs for a GPU beside torch."""
     if importlib.util.find_spec("triton") is None:
         return "triton"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h"
     return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "a C compiler"
 
 

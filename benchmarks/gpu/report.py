@@ -32,7 +32,10 @@ def add_shares(found: Figures) -> None:
 
 
 def faults(found: Figures) -> Iterator[str]:
-    """What is not as it must be, a line each; steps that were not run have no faults."""
+    """What is not as it must be, a line each; steps that fail have said so themselves."""
+    for step, figures in found.items():
+        if "not_run" in figures:
+            yield f"{step}: not run, {figures['not_run']}"
     for name, least in COSINES.items():
         p1 = found.get("parity", {}).get(name, {}).get("p1", 1.0)
         if not p1 >= least:

@@ -18,6 +18,7 @@ from benchmarks.gpu.check import (
     NO_LIMIT,
     Check,
     Figures,
+    collect,
     cosines,
     encoder,
     random_photos,
@@ -139,7 +140,7 @@ def same_bits(check: Check) -> Figures:
         }
     if check.on_gpu:
         found["decode_gpu"] = decoded_differences(
-            check.gpu_decoder().many, [*check.jpegs[:44], *check.others]
+            check.gpu_decoder().many, [*check.jpegs[:64], *check.others]
         )
     return found
 
@@ -205,7 +206,7 @@ def out_of_memory(check: Check) -> Figures:
 
 def _without_memory(work: Callable[[], object]) -> str:
     """The line that a work ends with where torch may have 32 MB more than it holds."""
-    torch.cuda.empty_cache()
+    collect()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**25) / total)
     try:
