@@ -145,8 +145,6 @@ def threaded(seconds: float, threads: int, work: Callable[[int], int]) -> float:
 
 def encoder(name: str, device: str, precision: str, rows: int) -> Encoder:
     """An open_clip image tower with weights from a seed."""
-    # An encoder on a CPU may turn it off, for the whole process; beside a GPU's there is none.
-    torch.backends.mha.set_fastpath_enabled(True)
     key = name, precision
     if key not in _towers:
         torch.manual_seed(0)

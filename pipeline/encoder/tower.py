@@ -229,8 +229,11 @@ class Encoder:
         self._shape = (batch_rows, 3, *self.size)
         self._linear: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if _OneDnnLinear.pays(self._layout, device, precision):
-            torch.backends.mha.set_fastpath_enabled(False)  # one kernel, with MKL inside
             self._linear = _OneDnnLinear(tower)
+        if self._device.type == "cuda" or isinstance(self._linear, _OneDnnLinear):
+            # Linear layers and SDPA instead of one kernel, which on a CPU has MKL inside; on a GPU
+            # it is these that were seen to give the same bits whatever the batch.
+            torch.backends.mha.set_fastpath_enabled(False)
         self.dim = int(self._forward(self._blank().to(self._device)).shape[1])
         self._lanes: queue.SimpleQueue[_Lane] | None = None  # on a CPU no buffers are needed
         if self._device.type == "cuda":
