@@ -127,9 +127,13 @@ def advice(
         changed = chosen.model_copy(update={"decode": mode})
         other = dataclasses.replace(job, chosen=changed)
         vars(other)["encoder"] = job.encoder
-        with Line(other, NoCache(job.dim)) as line:
-            for photos in some[: line.together], some:  # the first make a GPU's decoder start
-                took = time_apart(photos, other, line, only=("read", "decode"))["decode"]
+        try:
+            with Line(other, NoCache(job.dim)) as line:
+                for photos in some[: line.together], some:  # the first make a GPU's decoder start
+                    took = time_apart(photos, other, line, only=("read", "decode"))["decode"]
+        except DeviceError as error:
+            log.warning("decode %s is not compared: %s", mode, error)
+            continue
         decode_s[f"decode: {mode}"] = took * len(paths) / len(some)
     if job.workers < job.threads:
         decode_s["num_workers: auto"] = apart["decode"] * job.workers / job.threads

@@ -51,6 +51,29 @@ def test_on_a_gpu_the_slowest_stage_counts(shard: Shard, monkeypatch: pytest.Mon
     ]
 
 
+def test_a_decoder_that_fails_is_left_out(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU without a JPEG decoder is measured all the same, and the log says what is not."""
+    monkeypatch.setattr("pipeline.encoder.model._cuda_devices", lambda: 1)
+    job = shard.job(device="cuda", num_workers=1)
+    vars(job)["encoder"] = None  # not asked for
+
+    def time_apart(paths: list[str], job: Any, *_: Any, **__: Any) -> dict[str, float]:
+        if job.chosen.decode == "gpu":
+            raise DeviceError("a GPU that decodes JPEGs", "none")
+        return {"decode": 40.0 * len(paths) / 1000}
+
+    monkeypatch.setattr(benchmark, "time_apart", time_apart)
+    apart = {"read": 1.0, "decode": 60.0, "encode": 10.0}
+    found = benchmark.advice(["a.jpg"] * 1000, job, apart, {})
+
+    assert {"num_workers: auto", "decode: scaled"} == found.keys()
+    assert (
+        "decode gpu is not compared: expected a GPU that decodes JPEGs, found none" in caplog.text
+    )
+
+
 def test_where_the_encoder_binds_nothing_is_advised(
     shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

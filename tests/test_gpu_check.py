@@ -94,7 +94,7 @@ def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.Mon
         command.main()
     found = json.loads(report.read_text())
 
-    assert "no-such-model" in found["line"]["error"]
+    assert "no-such-model" in found["line"]["no-such-model, scaled, 1 processes"]["error"]
     assert 1 == found["tower"]["toy 4"]["images_per_second"]
 
 
@@ -103,14 +103,14 @@ def test_no_step_begins_once_the_time_is_over(
 ) -> None:
     """Whoever has a card for some minutes has the report by then, and knows what is missing."""
     report = tmp_path / "report.json"
-    monkeypatch.setattr(command, "STEPS", (line.line,))
+    monkeypatch.setattr(command, "STEPS", (line.memory,))
     flags = ["--toy", "--device", "cpu", "--minutes", "0", "--report", str(report)]
     monkeypatch.setattr(sys, "argv", ["gpu", *flags])
     with pytest.raises(SystemExit, match="1"):
         command.main()
 
-    assert json.loads(report.read_text())["line"]["not_run"].startswith("0 minutes were over")
-    assert "error: line: not run, 0 minutes were over" in capsys.readouterr().err
+    assert json.loads(report.read_text())["memory"]["not_run"].startswith("0 minutes were over")
+    assert "error: memory: not run, 0 minutes were over" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -134,6 +134,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
         ({"parity": {"fp32": {"p1": float("nan")}}}, "found nan"),
         ({"same_bits": {"fp16": {"mates": 1e-7, "batch_size": 1e-5}}}, "fp16 not to depend on"),
         ({"line": {"ViT-B-32, gpu, 1 processes": {"failed": 3}}}, "no photo to fail, found 3"),
+        ({"line": {"ViT-B-32, gpu, 8 processes": {"error": "memory"}}}, "8 processes: memory"),
         ({"out_of_memory": {"failed": 1, "images": 512}}, "out of memory: expected no photo to"),
         ({"memory": {"images": 60_000, "gpu 50%": 100, "gpu 100%": 120}}, "gpu 100 MB at half and"),
     ],
@@ -154,6 +155,7 @@ def test_good_figures_have_no_faults() -> None:
         "memory": {"images": 60_000, "50%": 1000, "100%": 1010},
         "out_of_memory": {"skipped": "no CUDA"},
         "tower": {"error": "RuntimeError: none"},
+        "table": {"not_run": "7 minutes were over"},
     }
 
     assert [] == [*faults(good)]

@@ -1,5 +1,7 @@
 """The model's identity, and vectors that are the same bits whatever is encoded beside them."""
 
+import contextlib
+import gc
 import json
 import logging
 import os
@@ -8,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -508,6 +511,75 @@ def test_batches_on_two_lanes_come_back_to_their_callers(vit: str) -> None:
 
     assert [exact.encode(b).tobytes() for b in batches] == [v.tobytes() for v in found]
     assert [1, 1] == [lane.most for lane in lanes]
+
+
+class Stream:
+    """Work that is done at once."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Graph:
+    """A recording that computes nothing: what it would be is for a GPU to say."""
+
+    def replay(self) -> None:
+        pass
+
+
+def lane_here(monkeypatch: pytest.MonkeyPatch, encoder: Encoder, error: Exception | None) -> Any:
+    """A real lane in the processor's memory, whose pass is recorded, or cannot be."""
+
+    @contextlib.contextmanager
+    def record(*_: Any, **how: Any) -> Iterator[None]:
+        assert "thread_local" == how["capture_error_mode"]
+        yield
+        if error is not None:
+            raise error
+
+    def zeros(*shape: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
+        return torch.empty(*shape, **how).zero_()
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    return encoder_module._Lane(encoder._forward, encoder._shape, torch.device("cpu"))
+
+
+def test_a_tower_that_cannot_be_recorded_computes_each_pass(
+    vit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is slower, says the log; the vectors are the same, and each caller's own."""
+    encoder = load(vit)
+    lane = lane_here(monkeypatch, encoder, RuntimeError("operation not permitted\nwhen capturing"))
+    batches = [photos(encoder, rows, seed=rows) for rows in (8, 3)]
+    found = [lane.encode(list(batch)) for batch in batches]
+
+    assert [encoder.encode(batch).tobytes() for batch in batches] == [v.tobytes() for v in found]
+    assert "slower, without a CUDA graph: operation not permitted when capturing" in caplog.text
+
+
+def test_the_memory_of_an_encoder_that_nobody_has_is_free(
+    vit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: a collection of garbage may come after the next encoder finds no memory."""
+    encoder = load(vit)
+    encoder._lanes = queue.SimpleQueue()
+    encoder._lanes.put(lane_here(monkeypatch, encoder, None))
+    gone = weakref.ref(encoder)
+    gc.disable()
+    try:
+        del encoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("devices", ["cc", "gg", "cgc"])

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gpu import line, rates, right
-from benchmarks.gpu.check import Check, Figures, smi
+from benchmarks.gpu.check import Check, Figures, collect, smi
 from benchmarks.gpu.report import add_shares, faults, markdown
 from pipeline.encoder.claim import wait_asleep
 
@@ -90,6 +90,7 @@ def run(check: Check, args: argparse.Namespace) -> int:
         figures: Figures = {"not_run": f"{args.minutes:g} minutes were over; hint: --minutes"}
         if start - begun < args.minutes * 60:
             try:
+                collect()
                 figures = step(check)
             except Exception as error:  # noqa: BLE001  one step's failure is no other's
                 figures, failed = {"error": f"{type(error).__name__}: {error}"}, 1

@@ -218,12 +218,17 @@ def cosines(vectors: np.ndarray, expected: np.ndarray) -> Figures:
     return {name: round(float(value), 7) for name, value in quantiles.items()}
 
 
+def card() -> str:
+    """The GPU in use, as the driver and CUDA_VISIBLE_DEVICES know it."""
+    return f"GPU-{torch.cuda.get_device_properties().uuid}"
+
+
 def smi(field: str) -> str | None:
     """What the driver says of the GPU in use, or of its first; None where there is no driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        query.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
+        query.append(f"--id={card()}")
     done = subprocess.run(query, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None

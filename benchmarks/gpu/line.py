@@ -50,7 +50,10 @@ def line(check: Check) -> Figures:
     collect()  # the card is the others' now
     for run in check.args.lines or _lines(check):
         model, mode, processes = run.split(":")
-        figures = _line(check, model, mode, int(processes))
+        try:
+            figures = _line(check, model, mode, int(processes))
+        except RuntimeError as error:  # as many may be too many for a card's memory
+            figures = {"error": str(error)}
         found[f"{model}, {mode}, {processes} processes"] = figures
         measure.say(f"  {model}, {mode}, {processes} processes: {figures}")
     return found

@@ -137,10 +137,7 @@ def _recorded(one: Encoder) -> Callable[[], int]:
 
     def once() -> int:
         with torch.cuda.stream(lane._stream):
-            if lane._graph is None:
-                one._forward(lane._pixels)
-            else:
-                lane._graph.replay()
+            lane._pass()
             lane._stream.synchronize()
         return one.batch_rows
 

@@ -12,12 +12,13 @@ COSINES = {
 }  # fmt: skip
 GROWTH = 1.1  # of memory, from half of a shard to its end
 LONG = 10_000  # images from which on memory is settled at half of them
+PROOFS = ("parity", "same_bits", "out_of_memory", "memory")  # a rate that is missing is no fault
 
 
 def add_shares(found: Figures) -> None:
     """To each run of the line: its share of what its tower and its decoders do alone."""
     for name, figures in found.get("line", {}).items():
-        if not isinstance(figures, dict):
+        if not isinstance(figures, dict) or "error" in figures:
             continue
         model, mode, _ = name.split(", ")
         limits = {
@@ -33,9 +34,9 @@ def add_shares(found: Figures) -> None:
 
 def faults(found: Figures) -> Iterator[str]:
     """What is not as it must be, a line each; steps that fail have said so themselves."""
-    for step, figures in found.items():
-        if "not_run" in figures:
-            yield f"{step}: not run, {figures['not_run']}"
+    for step in PROOFS:
+        if why := found.get(step, {}).get("not_run"):
+            yield f"{step}: not run, {why}"
     for name, least in COSINES.items():
         p1 = found.get("parity", {}).get(name, {}).get("p1", 1.0)
         if not p1 >= least:
@@ -44,10 +45,13 @@ def faults(found: Figures) -> Iterator[str]:
         for what, difference in figures.items() if isinstance(figures, dict) else ():
             if what != "batch_size" and difference != 0:
                 yield f"same bits: expected {name} not to depend on {what}, found {difference}"
-    runs = {**found.get("line", {}), "out of memory": found.get("out_of_memory", {})}
+    full = {k: v for k, v in found.get("out_of_memory", {}).items() if k != "error"}
+    runs = {**found.get("line", {}), "out of memory": full}
     for name, figures in runs.items():
         if isinstance(figures, dict) and figures.get("failed"):
             yield f"{name}: expected no photo to fail, found {figures['failed']}"
+        if isinstance(figures, dict) and "error" in figures:
+            yield f"{name}: {figures['error']}"
     memory = found.get("memory", {})
     for where in ("", "gpu "):
         half, end = memory.get(f"{where}50%", 0), memory.get(f"{where}100%", 0)

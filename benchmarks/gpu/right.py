@@ -18,6 +18,7 @@ from benchmarks.gpu.check import (
     NO_LIMIT,
     Check,
     Figures,
+    card,
     collect,
     cosines,
     encoder,
@@ -57,7 +58,10 @@ def tests(check: Check) -> Figures:
         sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
         "--noconftest", "-rf", "tests/test_tower.py", "tests/test_gpu.py", "-k", "gpu or cuda",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    other = {} if check.device in ("cpu", "cuda:0") else {"CUDA_VISIBLE_DEVICES": card()}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env={**os.environ, **other}
+    )
     if absent := re.search(r"No module named '?([\w.]+)", done.stdout):
         return {"skipped": f"no module {absent[1]} here"}
     last = done.stdout.strip().splitlines()[-12:]

@@ -104,42 +104,45 @@ class _Lane:
     """
 
     def __init__(self, forward: Forward, shape: tuple[int, ...], device: torch.device) -> None:
-        self._forward = forward
         self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._stream):
                 self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
                 self._vectors = forward(self._pixels)  # chooses and loads what is recorded then
                 self._stream.synchronize()
-                self._record()
+                self._pass = self._recorded(forward)
             self._photos = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
             self._result = torch.zeros(self._vectors.shape, pin_memory=True)
 
-    def _record(self) -> None:
+    def _recorded(self, forward: Forward) -> Callable[[], None]:
+        """What computes the vectors of the pixels; if recorded, it does not know the encoder.
+
+        So that the memory of an encoder is free as soon as nobody has it.
+        """
+
+        def compute() -> None:
+            self._vectors = forward(self._pixels)
+
         graph = torch.cuda.CUDAGraph()
         try:
             # Photos may be decoded on this GPU meanwhile; what those threads do is no fault here.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._vectors = self._forward(self._pixels)
+                compute()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a tower that asks the CPU on its way cannot be recorded
             log.warning("each pass is slower, without a CUDA graph: %s", _short(error))
             torch.cuda.synchronize(self._device)
-            return
-        self._graph = graph
+            return compute
+        return graph.replay
 
     def encode(self, pixels: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
         """The vectors of at most a batch; what the buffers held before stays behind its rows."""
         # The stream alone would leave a context on the first GPU, where this one is another.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             _fill(self._pixels, self._photos, pixels)
-            if self._graph is None:
-                self._vectors = self._forward(self._pixels)
-            else:
-                self._graph.replay()
+            self._pass()
             # A copy to memory that is not pinned would hold up the other lane's work in the driver.
             vectors = self._result[: len(pixels)]
             vectors.copy_(self._vectors[: len(pixels)], non_blocking=True)
