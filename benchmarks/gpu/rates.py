@@ -35,7 +35,7 @@ from pipeline.photos.pixels import Decode, Transform, load_pixels
 TOWERS = {
     MODEL: (32, 96, 256, 512),
     "ViT-L-14": (96, 256),
-    "ViT-B-16-SigLIP": (96,),
+    "ViT-B-16-SigLIP": (96, 256),
 }
 COMPILED = [MODEL, "ViT-B-16-SigLIP"]
 PLAIN_ROWS = 64
