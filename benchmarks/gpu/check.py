@@ -3,7 +3,6 @@
 import argparse
 import gc
 import io
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -91,8 +90,8 @@ class Check:
                 [*alike, *(OTHER_SIZES[2:] if self.args.toy else OTHER_SIZES * 2)]
             )
         ]
-        with multiprocessing.get_context("spawn").Pool(self.args.threads) as pool:
-            made = pool.map(_photo, jobs, 1)
+        with ThreadPoolExecutor(self.args.threads) as pool:
+            made = list(pool.map(_photo, jobs))
         return made[: len(alike)], made[len(alike) :]
 
     @cached_property
