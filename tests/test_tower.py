@@ -654,6 +654,10 @@ def test_a_batch_is_filled_from_cpu_and_gpu(devices: str) -> None:
             " backend: 6 (batch_size 96); hint: set decode: full",
         ),
         (
+            RuntimeError("Failed to create pinned buffer: 6"),
+            "expected a GPU that decodes JPEGs, found Failed to create pinned buffer: 6 (batch",
+        ),
+        (
             RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support"),
             "expected a GPU that decodes JPEGs, found decode_jpegs_cuda: torchvision not compiled",
         ),

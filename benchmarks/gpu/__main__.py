@@ -81,7 +81,7 @@ def run(check: Check, args: argparse.Namespace) -> int:
         torch.cuda.set_device(args.device)
     torch.set_num_threads(1)  # this and the next as load_encoder has them
     torch.backends.cudnn.allow_tf32 = False
-    failed, begun = 0, time.monotonic()
+    begun = time.monotonic()
     args.report.parent.mkdir(parents=True, exist_ok=True)
     for step in STEPS:
         if step.__name__ not in args.steps:
@@ -93,18 +93,18 @@ def run(check: Check, args: argparse.Namespace) -> int:
                 collect()
                 figures = step(check)
             except Exception as error:  # noqa: BLE001  one step's failure is no other's
-                figures, failed = {"error": f"{type(error).__name__}: {error}"}, 1
+                figures = {"error": f"{type(error).__name__}: {error}"}
         figures["took_s"] = round(time.monotonic() - start, 1)
         check.found[step.__name__] = figures
         add_shares(check.found)
         measure.say(f"{step.__name__}: {json.dumps(figures, default=float)}")
         args.report.write_text(json.dumps(check.found, indent=1, default=float) + "\n")
     print("\n".join(markdown(check.found)))
-    for fault in faults(check.found):
-        failed = 1
+    found = [*faults(check.found)]
+    for fault in found:
         measure.say(f"error: {fault}")
     measure.say(f"{time.monotonic() - begun:.0f} s in all; {args.report}")
-    return failed
+    return min(1, len(found))
 
 
 if __name__ == "__main__":

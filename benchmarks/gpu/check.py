@@ -3,7 +3,6 @@
 import argparse
 import gc
 import io
-import os
 import shutil
 import subprocess
 import time
@@ -84,11 +83,10 @@ class Check:
             p for p in self.args.photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")
         )  # fmt: skip
         alike = [SIZE] * (8 if self.args.toy else 128)
+        others = OTHER_SIZES[2:] if self.args.toy else OTHER_SIZES * 2
         jobs = [
             (number, size, real[number % len(real)] if real and number % 4 else None)
-            for number, size in enumerate(
-                [*alike, *(OTHER_SIZES[2:] if self.args.toy else OTHER_SIZES * 2)]
-            )
+            for number, size in enumerate([*alike, *others])
         ]
         with ThreadPoolExecutor(self.args.threads) as pool:
             made = list(pool.map(_photo, jobs))
@@ -169,7 +167,7 @@ def forget(name: str, precision: str) -> None:
 
 
 def collect() -> None:
-    """Give back the memory of encoders that are gone, which are cycles with their lanes."""
+    """Give back what encoders that are gone had on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -229,5 +227,5 @@ def smi(field: str) -> str | None:
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         query.append(f"--id={card()}")
-    done = subprocess.run(query, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(query, capture_output=True, text=True)
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None

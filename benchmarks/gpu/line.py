@@ -24,7 +24,6 @@ from benchmarks.gpu.check import (
     MODEL,
     Check,
     Figures,
-    collect,
     encoder,
     numbered,
     smi,
@@ -47,7 +46,6 @@ def line(check: Check) -> Figures:
     """Files to vectors by the encode stage, in one process and in several that share the card."""
     found: Figures = {}
     check.files  # noqa: B018  made before any clock starts
-    collect()  # the card is the others' now
     for run in check.args.lines or _lines(check):
         model, mode, processes = run.split(":")
         try:
@@ -97,18 +95,17 @@ def _encode_share(
 ) -> Figures:  # fmt: skip
     """One encode stage over its own shard and cache; the clock starts when all are ready."""
     wait_asleep(device)
-    chosen = Settings(
-        cache_dir=str(folder / f"cache-{os.getpid()}"), device=device, num_workers="auto",
-        decode=mode, precision=precision, model_name="ViT-B-32", pretrained="openai",
+    made = encoder(model, device, precision, 4 if device == "cpu" else Settings().batch_size)
+    job = job_of(
+        folder / "photos", threads, made, device=device, num_workers="auto", decode=mode,
+        precision=precision, cache_dir=str(folder / f"cache-{os.getpid()}"),
     )  # fmt: skip
-    made = encoder(model, device, precision, 4 if device == "cpu" else chosen.batch_size)
-    job = job_of(chosen, folder / "photos", threads, made)
     with Line(job, NoCache(made.dim)) as warm:
         list(warm.done(Photo(path) for path in paths[: min(len(paths), 64)]))
     selected = shard(folder / f"selected-{os.getpid()}.parquet", paths)
     barrier.wait(READY_S)
     start, before = time.time(), os.times()
-    stats = encode(selected, folder / f"encoded-{os.getpid()}.parquet", chosen, job)
+    stats = encode(selected, folder / f"encoded-{os.getpid()}.parquet", job.chosen, job)
     after = os.times()
     return {
         "start": start,
@@ -118,9 +115,10 @@ def _encode_share(
     }
 
 
-def job_of(chosen: Settings, root: Path, threads: int, made: Encoder) -> EncodeJob:
+def job_of(root: Path, threads: int, made: Encoder, **changes: Any) -> EncodeJob:
     """A job of an encoder that is made already, and of photos in that encoder's size."""
     photos = Environment.read({"IMAGE_ROOT_DIR": str(root)})
+    chosen = Settings(model_name=MODEL, pretrained="openai", **changes)  # a name to be known by
     job = EncodeJob.prepare(chosen, photos, threads)
     model = dataclasses.replace(job.model, embed_dim=made.dim, preprocess=made.preprocess)
     job = dataclasses.replace(job, model=model)
@@ -252,11 +250,10 @@ def memory(check: Check) -> Figures:
         for k in range(number, count, 256):
             (root / f"{k}.jpg").write_bytes(numbered(out.getvalue(), k))
     made = check.encoder(check.model, check.half, 96 if check.on_gpu else 4)
-    chosen = Settings(
-        device=check.device, num_workers=4, pretrained="openai", precision=check.half,
+    job = job_of(
+        root, check.args.threads, made, device=check.device, num_workers=4, precision=check.half,
         decode="gpu" if check.on_gpu else "full",
     )  # fmt: skip
-    job = job_of(chosen, root, check.args.threads, made)
     marks, process = {}, psutil.Process()
     shares = {int(count * share): f"{share:.0%}" for share in (0.1, 0.5, 0.999)}
     start = time.perf_counter()

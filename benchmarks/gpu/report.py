@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu.check import Figures
+from benchmarks.gpu.check import MODEL, Figures
 
 # The first percentile of the cosines to fp32 on a processor, at least.
 COSINES = {
@@ -33,10 +33,12 @@ def add_shares(found: Figures) -> None:
 
 
 def faults(found: Figures) -> Iterator[str]:
-    """What is not as it must be, a line each; steps that fail have said so themselves."""
-    for step in PROOFS:
-        if why := found.get(step, {}).get("not_run"):
-            yield f"{step}: not run, {why}"
+    """What is not as it must be, a line each."""
+    for step, figures in found.items():
+        if "error" in figures:
+            yield f"{step}: {figures['error']}"
+        if step in PROOFS and "not_run" in figures:
+            yield f"{step}: not run, {figures['not_run']}"
     for name, least in COSINES.items():
         p1 = found.get("parity", {}).get(name, {}).get("p1", 1.0)
         if not p1 >= least:
@@ -45,13 +47,13 @@ def faults(found: Figures) -> Iterator[str]:
         for what, difference in figures.items() if isinstance(figures, dict) else ():
             if what != "batch_size" and difference != 0:
                 yield f"same bits: expected {name} not to depend on {what}, found {difference}"
-    full = {k: v for k, v in found.get("out_of_memory", {}).items() if k != "error"}
-    runs = {**found.get("line", {}), "out of memory": full}
-    for name, figures in runs.items():
-        if isinstance(figures, dict) and figures.get("failed"):
-            yield f"{name}: expected no photo to fail, found {figures['failed']}"
-        if isinstance(figures, dict) and "error" in figures:
-            yield f"{name}: {figures['error']}"
+    runs = {name: run for name, run in found.get("line", {}).items() if isinstance(run, dict)}
+    for name, run in runs.items():
+        if "error" in run:
+            yield f"{name}: {run['error']}"
+    for name, run in {**runs, "out of memory": found.get("out_of_memory", {})}.items():
+        if run.get("failed"):
+            yield f"{name}: expected no photo to fail, found {run['failed']}"
     memory = found.get("memory", {})
     for where in ("", "gpu "):
         half, end = memory.get(f"{where}50%", 0), memory.get(f"{where}100%", 0)
@@ -85,7 +87,7 @@ def _other_way(found: Figures, step: str, name: str) -> tuple[str, float | None]
         bare = "bare GPU decoder" if name.startswith("gpu") else "bare decoder, scaled, all cores"
         return "bare decoder", found["decode"].get(bare)
     if (step, name) == ("table", "images_per_second") or (
-        step == "line" and name.startswith(("ViT-B-32", "toy"))
+        step == "line" and name.startswith((MODEL, "toy"))
     ):
         return "plain", found.get("plain", {}).get("images_per_second")
     return "", None

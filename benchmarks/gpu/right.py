@@ -32,7 +32,6 @@ from pipeline.encoder.processor import cpu_name
 from pipeline.encoder.tower import device_errors, load_encoder
 from pipeline.photos.pixels import Transform, load_pixels
 from pipeline.stage.errors import DeviceError
-from pipeline.stage.settings import Settings
 
 
 def machine(check: Check) -> Figures:
@@ -154,7 +153,7 @@ def decoded_differences(
 ) -> Figures:
     """The largest difference of a photo's pixels when it is decoded alone, and beside others.
 
-    Beside others: all at once, in ten orders, on four threads.
+    Beside others: all of them, in forty orders, on four threads.
     """
     alone = [_on_cpu(many([file])[0]) for file in files]
 
@@ -188,16 +187,15 @@ def out_of_memory(check: Check) -> Figures:
     if not check.on_gpu:
         return {"skipped": "no CUDA"}
     few = check.files[:512]
-    made = check.encoder(check.model, check.half, 96)
-    chosen = Settings(
-        device=check.device, num_workers=4, pretrained="openai", precision=check.half, decode="gpu",
+    job = job_of(
+        check.folder / "photos", check.args.threads, check.encoder(check.model, check.half, 96),
+        device=check.device, num_workers=4, precision=check.half, decode="gpu",
         cache_dir=str(check.folder / "full-cache"),
     )  # fmt: skip
-    job = job_of(chosen, check.folder / "photos", check.args.threads, made)
     selected = shard(check.folder / "full.parquet", few)
 
     def run() -> Figures:
-        stats = encode(selected, check.folder / "full-encoded.parquet", chosen, job)
+        stats = encode(selected, check.folder / "full-encoded.parquet", job.chosen, job)
         return stats.as_dict()
 
     return {

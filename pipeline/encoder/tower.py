@@ -55,7 +55,7 @@ _DEVICE = [
      "lower batch_size, or let fewer jobs share the GPU; nvidia-smi shows what is on it"),
     (r"can't allocate memory|not enough memory|bad_alloc|bad allocation", "memory for a batch",
      "lower batch_size, or give fewer --cores"),
-    (r"decoding JPEG images|nvjpeg|nvJPEG", "a GPU that decodes JPEGs",
+    (r"decoding JPEG images|nvjpeg|nvJPEG|Failed to create", "a GPU that decodes JPEGs",
      "set decode: full, or scaled, which leave them to the cores"),
     (r"CUDA|CUBLAS|cuBLAS|CUDNN|cuDNN|NVRTC|NVML|HIP error", "a GPU that computes",
      "run it again: nothing that was encoded is lost; nvidia-smi and dmesg say more of the GPU"),
@@ -231,9 +231,10 @@ class Encoder:
         self._std = self._channels(preprocess["std"])
         self._shape = (batch_rows, 3, *self.size)
         self._linear: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if _OneDnnLinear.pays(self._layout, device, precision):
+        pays = _OneDnnLinear.pays(self._layout, device, precision)
+        if pays:
             self._linear = _OneDnnLinear(tower)
-        if self._device.type == "cuda" or isinstance(self._linear, _OneDnnLinear):
+        if pays or self._device.type == "cuda":
             # Linear layers and SDPA instead of one kernel, which on a CPU has MKL inside; on a GPU
             # it is these that were seen to give the same bits whatever the batch.
             torch.backends.mha.set_fastpath_enabled(False)
